@@ -1,0 +1,1 @@
+"""The durable dynamic-sampling buffer: pure core, ledger, segments, service, client."""

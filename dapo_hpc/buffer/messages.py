@@ -1,0 +1,221 @@
+"""What actors, the learner and the buffer say to each other.
+
+Messages are msgpack (msgspec) of the dataclasses below and of `dapo_hpc.records`. An array travels
+as an extension with a one-byte type code followed by its raw little-endian values. Nothing here
+can execute code on arrival, unlike pickle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from dapo_hpc.records import (
+    EvalResult,
+    GroupSummary,
+    Lease,
+    PartialResponse,
+    PolicyVersion,
+    Response,
+)
+
+ARRAY_EXTENSION = 1
+ARRAY_TYPES = {b"i": np.dtype("<i4"), b"f": np.dtype("<f4")}
+_CODES = {dtype: code for code, dtype in ARRAY_TYPES.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorStats:
+    """What an actor has done since it started; cumulative."""
+
+    generated_tokens: int = 0
+    finished_responses: int = 0
+    busy_s: float = 0.0
+    """Seconds in which the engine had work."""
+    idle_s: float = 0.0
+    cpu_s: float = 0.0
+    """Of the process and its scoring workers."""
+    peak_memory_mib: float = 0.0
+    verifier_timeouts: int = 0
+    engine_restarts: int = 0
+    probe_mean_diff: float = 0.0
+    """Mean |learner - engine| log-prob (nats) on the probes of the version now loaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseRequest:
+    actor: str
+    """Unique for one life of one actor process."""
+    version: PolicyVersion | None
+    """The weights the actor holds; None before its first load."""
+    max_responses: int
+    """Free places in the engine; the buffer grants whole prompts, at least one if it fits."""
+    wait_s: float
+    """How long the buffer may hold the request when there is nothing to hand out."""
+    stats: ActorStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseReply:
+    leases: list[Lease]
+    newest: PolicyVersion | None
+    """Newest published version; the actor loads it when it holds another one."""
+    abort: list[int]
+    """Lease ids of this actor that are worth nothing any more (batch closed): stop sampling them."""
+    is_done: bool
+    """The run is complete: exit 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseProgress:
+    """A lease held, with the tokens sampled since the last acknowledged heartbeat."""
+
+    lease_id: int
+    new_tokens: list[PartialResponse]
+    """token_ids, rollout_logprobs and spans hold only what is new; `offsets` says from where."""
+    offsets: list[int]
+    """For each of new_tokens, the number of tokens acknowledged before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeartbeatRequest:
+    actor: str
+    version: PolicyVersion | None
+    leases: list[LeaseProgress]
+    stats: ActorStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeartbeatReply:
+    lost: list[int]
+    """Leases this actor does not hold (expired, leased anew): drop the work."""
+    abort: list[int]
+    newest: PolicyVersion | None
+    is_done: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmitRequest:
+    actor: str
+    lease_id: int
+    responses: list[Response]
+
+
+Verdict = Literal["stored", "duplicate", "fenced"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmitReply:
+    verdicts: list[Verdict]
+    """One for each response. 'fenced': the index was leased anew; drop it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseRequest:
+    """Hand leases back before they expire: drain, or a failure of the engine."""
+
+    actor: str
+    leases: list[LeaseProgress]
+    is_failure: bool
+    """True counts as a failed attempt of the prompt; a drain does not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegisterRequest:
+    """The learner starts or resumes from a checkpoint of `step` trained steps (0: none)."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegisterReply:
+    lineage: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeRequest:
+    lineage: int
+    step: int
+    """The step to train next, from 1."""
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeReply:
+    groups: list[GroupSummary] | None
+    """None: not closed yet, ask again."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """`buffer/*` and `actor/*` figures at the moment the batch closed (see observe.metrics)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchRequest:
+    group_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishRequest:
+    version: PolicyVersion
+    """Its directory `weights/<version.name>` is complete and durable."""
+    is_evaluated: bool
+    """Evaluate it: hand out evaluation leases pinned to it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitRequest:
+    """Steps up to `step` can never be asked for again: the oldest retained checkpoint is there."""
+
+    lineage: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationsReply:
+    results: list[EvalResult]
+    """All finished ones of this run's surviving history, oldest first."""
+    num_pending: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Empty:
+    pass
+
+
+def encode(message: Any) -> bytes:
+    """msgpack bytes of a message or record."""
+    return _ENCODER.encode(message)
+
+
+def decode(content: bytes, kind: type) -> Any:
+    """A message of the given type. Raises msgspec.ValidationError (a ValueError) when it is not."""
+    return msgspec.msgpack.decode(content, type=kind, ext_hook=_array_from_extension, dec_hook=_hook)
+
+
+def _array_to_extension(value: Any) -> msgspec.msgpack.Ext:
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype in _CODES:
+        return msgspec.msgpack.Ext(ARRAY_EXTENSION, _CODES[value.dtype] + value.tobytes())
+    described = (
+        f"{value.dtype} array of shape {value.shape}"
+        if isinstance(value, np.ndarray)
+        else type(value).__name__
+    )
+    raise NotImplementedError(f"cannot send {described}; expected a 1-D int32 or float32 array.")
+
+
+def _array_from_extension(code: int, content: memoryview) -> np.ndarray:
+    dtype = ARRAY_TYPES.get(bytes(content[:1]))
+    if code != ARRAY_EXTENSION or dtype is None or (len(content) - 1) % dtype.itemsize:
+        raise ValueError(f"extension {code} of {len(content)} bytes is not an array of this protocol.")
+    return np.frombuffer(content, dtype=dtype, offset=1).copy()
+
+
+def _hook(kind: type, value: Any) -> Any:
+    if kind is np.ndarray and isinstance(value, np.ndarray):
+        return value
+    raise ValueError(f"expected an array, got {type(value).__name__}.")
+
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_array_to_extension)

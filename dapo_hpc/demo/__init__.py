@@ -1,0 +1,1 @@
+"""The demo task: sums of digits modulo 10."""

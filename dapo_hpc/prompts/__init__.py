@@ -1,0 +1,1 @@
+"""Data sets, chat template and the deterministic order of prompts."""

@@ -1,0 +1,1 @@
+"""Scorers, overlong punishment, and the worker processes they run in."""

@@ -1,0 +1,1 @@
+"""The vLLM engine behind few verbs, and the actor's loop."""

@@ -1,0 +1,1 @@
+"""From learner to actors: names, manifest, publish, fetch."""
