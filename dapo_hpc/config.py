@@ -308,7 +308,7 @@ class RunConfig(Section):
     """One run, section by section in the order of the flow."""
 
     profile: Profile = "default"
-    """Which published recipe fills the gaps: the paper's text, verl's scripts, or our own choice."""
+    """Which recipe fills the gaps: the paper's text, verl's scripts, or our own choice."""
     run: RunSection
     model: ModelSection
     prompts: PromptsSection
@@ -435,8 +435,17 @@ def known_keys() -> list[str]:
     return keys
 
 
+_REQUIRED: dict[str, dict[str, Any]] = {
+    "run": {"name": "unset", "total_steps": 1},
+    "model": {"path": "unset"},
+    "prompts": {"train": "unset"},
+    "sft": {"init": "unset", "pairs": "unset"},
+}
+"""Stand-ins for required keys that are missing, so that the cross-checks still run."""
+
+
 def _cross_checks_of_the_rest(table: dict[str, Any], error: ValidationError) -> list[str]:
-    """Cross-checks with the faulty keys at their defaults, so that one run shows every problem."""
+    """Cross-checks with the faulty keys at their defaults, so that all are seen at once."""
     rest = {k: dict(v) if isinstance(v, dict) else v for k, v in table.items()}
     for item in error.errors():
         target: Any = rest
@@ -444,6 +453,9 @@ def _cross_checks_of_the_rest(table: dict[str, Any], error: ValidationError) -> 
             target = target.get(part) if isinstance(target, dict) else None
         if isinstance(target, dict):
             target.pop(item["loc"][-1], None)
+    for section, required in _REQUIRED.items():
+        if section in rest or section != "sft":
+            rest[section] = {**required, **rest.get(section, {})}
     try:
         return cross_checks(RunConfig.model_validate(rest))
     except ValidationError:
@@ -492,9 +504,11 @@ def _sentence(error: dict[str, Any]) -> str:
 
 
 def _suggestion(key: str) -> str:
-    known = known_keys() + list(RunConfig.model_fields)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not near:
-        same_leaf = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
-        near = same_leaf[:1]
-    return f"; did you mean {near[0]}?" if near else "; no known key is close to it."
+    """The closest spelling of the last part, of the same section if there is a choice."""
+    known = known_keys() if "." in key else list(RunConfig.model_fields)
+    section, _, leaf = key.rpartition(".")
+    leaves = [k.rpartition(".")[2] for k in known]
+    near = difflib.get_close_matches(leaf, leaves, n=1)
+    found = [k for k, its_leaf in zip(known, leaves, strict=True) if its_leaf in near]
+    found.sort(key=lambda k: not k.startswith(section))
+    return f"; did you mean {found[0]}?" if found else "; no known key is close to it."

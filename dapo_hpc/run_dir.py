@@ -1,7 +1,7 @@
 """The run directory: every path of a run, named once.
 
-    runs/<name>/ config.toml env.json endpoint.json auth/ prompts/ buffer/ weights/ checkpoints/
-                 logs/ metrics.jsonl eval/ report/ model/
+runs/<name>/ config.toml env.json endpoint.json auth/ prompts/ buffer/ weights/ checkpoints/
+             logs/ metrics.jsonl eval/ report/ model/
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ class RunDir:
     def env(self) -> Path:
         """Versions, commit and allow-listed environment of the launch."""
         return self.root / "env.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held (flock) by the local launcher while it lives."""
+        return self.root / "launcher.lock"
 
     @property
     def endpoint(self) -> Path:

@@ -19,6 +19,7 @@ from dapo_hpc.records import (
     Lease,
     PartialResponse,
     PolicyVersion,
+    Prompt,
     Response,
 )
 
@@ -64,7 +65,7 @@ class LeaseReply:
     newest: PolicyVersion | None
     """Newest published version; the actor loads it when it holds another one."""
     abort: list[int]
-    """Lease ids of this actor that are worth nothing any more (batch closed): stop sampling them."""
+    """Lease ids of this actor that are worth nothing any more (batch closed): stop sampling."""
     is_done: bool
     """The run is complete: exit 0."""
 
@@ -75,7 +76,8 @@ class LeaseProgress:
 
     lease_id: int
     new_tokens: list[PartialResponse]
-    """token_ids, rollout_logprobs and spans hold only what is new; `offsets` says from where."""
+    """token_ids, rollout_logprobs and spans hold only what is new; `offsets` says from where. Spans
+    start at their token of the response, so the first one of a piece starts at its offset."""
     offsets: list[int]
     """For each of new_tokens, the number of tokens acknowledged before."""
 
@@ -157,6 +159,23 @@ class FetchRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoredGroup:
+    """A group as it lies on disk: the reader verifies each record before it decodes it."""
+
+    group_id: int
+    prompt: Prompt
+    records: list[bytes]
+    """[G] encoded `Response`, ordered by index."""
+    sha256: list[bytes]
+    """[G] digests, taken when the buffer received the responses."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchReply:
+    groups: list[StoredGroup]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PublishRequest:
     version: PolicyVersion
     """Its directory `weights/<version.name>` is complete and durable."""
@@ -173,10 +192,19 @@ class CommitRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FinishRequest:
+    """Nothing is left to train or evaluate: actors may exit."""
+
+    lineage: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationsReply:
     results: list[EvalResult]
     """All finished ones of this run's surviving history, oldest first."""
     num_pending: int
+    versions_in_use: list[PolicyVersion]
+    """Named by a live actor or a pending evaluation: their weights must stay."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,8 +218,10 @@ def encode(message: Any) -> bytes:
 
 
 def decode(content: bytes, kind: type) -> Any:
-    """A message of the given type. Raises msgspec.ValidationError (a ValueError) when it is not."""
-    return msgspec.msgpack.decode(content, type=kind, ext_hook=_array_from_extension, dec_hook=_hook)
+    """A message of the given type. Raises msgspec.ValidationError, a ValueError, otherwise."""
+    return msgspec.msgpack.decode(
+        content, type=kind, ext_hook=_array_from_extension, dec_hook=_hook
+    )
 
 
 def _array_to_extension(value: Any) -> msgspec.msgpack.Ext:
@@ -208,7 +238,7 @@ def _array_to_extension(value: Any) -> msgspec.msgpack.Ext:
 def _array_from_extension(code: int, content: memoryview) -> np.ndarray:
     dtype = ARRAY_TYPES.get(bytes(content[:1]))
     if code != ARRAY_EXTENSION or dtype is None or (len(content) - 1) % dtype.itemsize:
-        raise ValueError(f"extension {code} of {len(content)} bytes is not an array of this protocol.")
+        raise ValueError(f"extension {code} of {len(content)} bytes is no array of this protocol.")
     return np.frombuffer(content, dtype=dtype, offset=1).copy()
 
 

@@ -1,0 +1,52 @@
+# One word each; `make help` lists them.
+PYTHON ?= python3
+PY := .venv/bin/python
+SEED ?= 0
+ifndef RUN
+# The first name that no earlier demo has taken: demo-0, demo-0-2, demo-0-3, ...
+RUN := $(shell n=demo-$(SEED); r=$$n; i=2; \
+    while [ -e runs/$$r ] || [ -e runs/$$r-sft ]; do r=$$n-$$i; i=$$((i+1)); done; echo $$r)
+endif
+DEMO_SET := --set run.seed=$(SEED) --set run.name=$(RUN)
+
+.PHONY: help setup demo test test-full check lint fmt golden bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup:  ## .venv with the tested versions; a second run does nothing
+	@PYTHON=$(PYTHON) bash requirements/setup.sh
+
+demo: setup  ## data, base model and 20 steps of DAPO on this machine; SEED=1 for another one
+	rm -rf data/demo
+	.venv/bin/dapo demo-data data/demo --seed $(SEED)
+	.venv/bin/dapo sft configs/demo.toml $(DEMO_SET)
+	.venv/bin/dapo train configs/demo.toml $(DEMO_SET)
+
+lint:
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+check: setup lint  ## lint, types and the fast tests
+	$(PY) -m pytest tests/unit tests/golden tests/kernels -m "not slow and not full"
+
+test: setup lint  ## lint, types and every test but the longest
+	$(PY) -m pytest tests -m "not full"
+
+test-full: setup lint  ## every test
+	$(PY) -m pytest tests
+
+fmt:  ## rewrite the sources in the house format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+golden: setup  ## rewrite the records that tests/golden compares with
+	$(PY) -m tests.golden.rewrite
+
+bench: setup  ## what a step of the demo costs
+	$(PY) perf/bench_demo.py
+
+clean:  ## caches and build products; runs, data and .venv stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find dapo_hpc kernels tests perf -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,240 @@
+"""The buffer's decisions: requests in, events and replies out. No I/O, no clock, no randomness.
+
+Time comes in with every call (monotonic seconds), payloads are read through a function given at
+the start. Whoever calls must make `take_effects()` durable before it lets the reply out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dapo_hpc.buffer import accounting, batches, grants, intake, selection
+from dapo_hpc.buffer import events as ev
+from dapo_hpc.buffer.book import Book
+from dapo_hpc.buffer.desk import Desk, LineageFenced, Prompts
+from dapo_hpc.buffer.fleet import ActorView
+from dapo_hpc.buffer.messages import (
+    CommitRequest,
+    EvaluationsReply,
+    FetchReply,
+    FetchRequest,
+    FinishRequest,
+    HeartbeatReply,
+    HeartbeatRequest,
+    LeaseReply,
+    LeaseRequest,
+    PublishRequest,
+    RegisterReply,
+    RegisterRequest,
+    ReleaseRequest,
+    StoredGroup,
+    SubmitReply,
+    SubmitRequest,
+    TakeReply,
+    TakeRequest,
+)
+from dapo_hpc.buffer.selection import BufferSettings
+
+__all__ = ["BufferSettings", "Core", "Effects", "LineageFenced", "Prompts"]
+
+STALL_FRAC = 0.5
+"""A gap between two calls longer than this share of lease_s means that the buffer itself stood
+still; the actors get their full time again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """What must be on disk before the reply may go out."""
+
+    events: list[ev.AnyEvent]
+    payloads: dict[int, bytes]
+    freed: list[int]
+    """Records no longer needed."""
+    notices: list[str]
+    """Sentences for the log."""
+
+
+class Core:
+    """The buffer without its disk and its network."""
+
+    def __init__(
+        self,
+        settings: BufferSettings,
+        prompts: Prompts,
+        read_record: Callable[[int], bytes],
+        *,
+        now: float,
+        book: Book | None = None,
+    ) -> None:
+        self.book = book or Book()
+        self.settings = settings
+        self.desk = Desk(self.book, settings, prompts, read_record, now)
+        self._last_tick = now
+        for lease in self.book.state.leases.values():
+            if lease.state == "live":
+                self.desk.deadlines[lease.lease_id] = now + settings.lease_s
+
+    def take_effects(self) -> Effects:
+        """Events and payloads since the last call."""
+        desk, book = self.desk, self.book
+        effects = Effects(desk.events, desk.payloads, book.freed, desk.notices)
+        desk.events, desk.payloads, book.freed, desk.notices = [], {}, [], []
+        return effects
+
+    def tick(self, now: float) -> None:
+        """Let time pass: leases of silent actors expire."""
+        gap_s = now - self._last_tick
+        self._last_tick = now
+        if gap_s > STALL_FRAC * self.settings.lease_s:
+            self.desk.deadlines = {k: v + gap_s for k, v in self.desk.deadlines.items()}
+        due = [lease_id for lease_id, at in self.desk.deadlines.items() if at <= now]
+        for lease_id in due:
+            self.desk.end_lease(self.book.state.leases[lease_id], "expired")
+        batches.advance(self.desk, now)
+
+    # actors
+
+    def lease(self, request: LeaseRequest, now: float, call_id: str) -> LeaseReply:
+        """Whatever there is for this actor now; see `is_news` for whether to wait.
+
+        `call_id` is the same each time the actor repeats a call whose answer it did not get.
+        """
+        self.tick(now)
+        view = self.desk.fleet.heard(request.actor, request.version, request.stats, now)
+        leases = []
+        if request.version is not None:
+            call = grants.Call(request.actor, request.version, call_id, now)
+            leases = grants.grant(self.desk, call, request.max_responses)
+        newest = grants.newest_for(self.desk, view, now)
+        view.is_told_done = self.book.state.is_finished
+        return LeaseReply(
+            leases=leases, newest=newest, abort=_pop_aborts(view), is_done=view.is_told_done
+        )
+
+    @staticmethod
+    def is_news(request: LeaseRequest, reply: LeaseReply) -> bool:
+        """True when a reply gives an actor something to do."""
+        is_newer = reply.newest is not None and reply.newest != request.version
+        return bool(reply.leases or reply.abort or reply.is_done or is_newer)
+
+    def heartbeat(self, request: HeartbeatRequest, now: float) -> HeartbeatReply:
+        view = self.desk.fleet.heard(request.actor, request.version, request.stats, now)
+        lost, abort = intake.heartbeat(self.desk, request, now)
+        newest = grants.newest_for(self.desk, view, now)
+        view.is_told_done = self.book.state.is_finished
+        abort = sorted({*abort, *_pop_aborts(view)})
+        self.tick(now)
+        return HeartbeatReply(lost=lost, abort=abort, newest=newest, is_done=view.is_told_done)
+
+    def submit(self, request: SubmitRequest, now: float) -> SubmitReply:
+        verdicts = intake.submit(self.desk, request, now)
+        self.tick(now)
+        return SubmitReply(verdicts=verdicts)
+
+    def release(self, request: ReleaseRequest, now: float) -> None:
+        intake.release(self.desk, request)
+        self.tick(now)
+
+    # the learner
+
+    def register(self, request: RegisterRequest, now: float) -> RegisterReply:
+        lineage = batches.register(self.desk, request.step)
+        self.tick(now)
+        return RegisterReply(lineage=lineage)
+
+    def publish(self, request: PublishRequest, now: float) -> None:
+        batches.publish(self.desk, request.version, is_evaluated=request.is_evaluated, now=now)
+        self.tick(now)
+
+    def take(self, request: TakeRequest, now: float) -> TakeReply:
+        self.tick(now)
+        taken = batches.take(self.desk, request.lineage, request.step)
+        if taken is None:
+            return TakeReply(groups=None)
+        return TakeReply(groups=taken[0], metrics=taken[1])
+
+    def commit(self, request: CommitRequest, now: float) -> None:
+        batches.commit(self.desk, request.lineage, request.step)
+        self.tick(now)
+
+    def fetch(self, request: FetchRequest) -> FetchReply:
+        return FetchReply(groups=[self._stored_group(g) for g in request.group_ids])
+
+    def _stored_group(self, group_id: int) -> StoredGroup:
+        group = self.book.state.groups.get(group_id)
+        if group is None or group.state != "taken":
+            raise ValueError(f"group {group_id} is in no batch that is still kept.")
+        responses = [group.responses[index] for index in group.indices]
+        return StoredGroup(
+            group_id=group_id,
+            prompt=self.desk.prompts.train[group.row],
+            records=[self.desk.read_record(r.record_id or 0) for r in responses],
+            sha256=[r.sha256 for r in responses],
+        )
+
+    def evaluations(self, now: float) -> EvaluationsReply:
+        state = self.book.state
+        versions = {evaluation.version for evaluation in state.evaluations}
+        versions |= {v.version for v in self.desk.fleet.alive(now) if v.version is not None}
+        return EvaluationsReply(
+            results=sorted(state.results, key=lambda result: result.version),
+            num_pending=len(state.evaluations),
+            versions_in_use=sorted(versions),
+        )
+
+    def finish(self, request: FinishRequest) -> None:
+        self.desk.check_lineage(request.lineage)
+        if not self.book.state.is_finished:
+            self.desk.emit(ev.Finished())
+
+    def is_everyone_told(self, now: float) -> bool:
+        """The run is complete and every live actor knows."""
+        alive: Iterable[ActorView] = self.desk.fleet.alive(now)
+        return self.book.state.is_finished and all(view.is_told_done for view in alive)
+
+    # figures
+
+    def check(self) -> list[str]:
+        """Invariants that do not hold, one sentence each."""
+        return accounting.violations(self.book)
+
+    def status(self, now: float) -> dict[str, Any]:
+        """A snapshot for people, in JSON types."""
+        state = self.book.state
+        leases = [state.leases[lease_id] for lease_id in self.desk.deadlines]
+        violations = {"invariant_violations": len(self.check())}
+        return {
+            "step": state.current_step,
+            "lineage": state.lineage,
+            "newest": state.newest.name if state.newest else None,
+            "is_finished": state.is_finished,
+            "groups": dict(accounting.group_counts(self.book)),
+            "leases": {
+                "live": len(leases),
+                "responses_in_flight": accounting.responses_in_flight(self.book),
+                "waiting_groups": len(self.book.waiting),
+                "wanted_groups": self.desk.num_wanted(),
+            },
+            "actors": {
+                view.name: {
+                    "heard_s_ago": round(now - view.last_heard_s, 1),
+                    "version": view.version.name if view.version else None,
+                    "leases": sum(lease.actor == view.name for lease in leases),
+                    **asdict(view.stats),
+                }
+                for view in self.desk.fleet.views.values()
+            },
+            "counters": violations | dict(sorted(state.counters.items())),
+            "acceptance_rate": selection.acceptance_rate(state, self.settings),
+            "prompts_used": state.cursor,
+            "prompts_returned": len(state.returned),
+            "pending_evaluations": [e.version.name for e in state.evaluations],
+            "versions_in_use": [v.name for v in self.evaluations(now).versions_in_use],
+        }
+
+
+def _pop_aborts(view: ActorView) -> list[int]:
+    aborts, view.untold_aborts = view.untold_aborts, []
+    return aborts

@@ -1,0 +1,183 @@
+"""One life of the buffer process: own, inherit, replay, serve, close."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import uvicorn
+
+from dapo_hpc.buffer import auth, owner
+from dapo_hpc.buffer.book import Book
+from dapo_hpc.buffer.core import BufferSettings, Core, Prompts
+from dapo_hpc.buffer.endpoint import publish_endpoint
+from dapo_hpc.buffer.events import decode_event
+from dapo_hpc.buffer.ledger import Ledger
+from dapo_hpc.buffer.prompt_table import PromptTable
+from dapo_hpc.buffer.segments import Segments, cut_torn_tail
+from dapo_hpc.buffer.service import Service
+from dapo_hpc.buffer.writer import Store, Writer
+from dapo_hpc.config import RunConfig
+from dapo_hpc.observe.log import exit_with_cause
+from dapo_hpc.prompts.order import PromptOrder
+from dapo_hpc.run_dir import RunDir
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 5
+"""For requests in flight after SIGTERM."""
+
+
+@dataclass(slots=True)
+class OpenBuffer:
+    """The core with its open disk."""
+
+    core: Core
+    store: Store
+    owner: owner.Ownership
+
+    def close(self) -> None:
+        self.store.close()
+
+
+def open_buffer(run: RunDir, config: RunConfig) -> OpenBuffer:
+    """Own the run's buffer and bring back the state of its ledger.
+
+    Raises OwnerFenced when another process is faster, ValueError when files are missing or damaged.
+    """
+    owned = owner.take_ownership(run.buffer)
+    owner.inherit_ledger(owned, config.buffer.request_timeout_s)
+    ledger = Ledger(owned.ledger)
+    owner.remove_old_ledgers(owned)
+    directory = run.buffer / "segments"
+    for path in sorted(directory.glob("*.seg"))[-1:]:
+        torn = cut_torn_tail(path)
+        if torn:
+            log.warning("removed %d bytes of an unfinished write from %s.", torn, path.name)
+    store = Store(ledger, Segments(directory, owned.incarnation))
+    store.check_tail()
+    book = replay(ledger)
+    store.delete_unused()
+    core = Core(
+        BufferSettings.from_config(config),
+        read_prompts(run, config),
+        store.read,
+        now=time.monotonic(),
+        book=book,
+    )
+    return OpenBuffer(core, store, owned)
+
+
+def replay(ledger: Ledger) -> Book:
+    """The state after all events of the ledger."""
+    book = Book.from_snapshot(ledger.snapshot())
+    for body in ledger.events():
+        book.apply(decode_event(body))
+    book.freed.clear()
+    return book
+
+
+def read_prompts(run: RunDir, config: RunConfig) -> Prompts:
+    train = PromptTable(run.train_prompts)
+    held_out = PromptTable(run.eval_prompts) if run.eval_prompts.exists() else []
+    return Prompts(train, held_out, PromptOrder(len(train), config.run.seed))
+
+
+def serve(run: RunDir, config: RunConfig) -> None:
+    """Serve until SIGTERM, or until the run is complete and everybody knows."""
+    auth.create_auth(run)
+    opened = open_buffer(run, config)
+    listener = _listen(config.buffer.port)
+    asyncio.run(_serve(run, opened, listener))
+    opened.close()
+
+
+async def _serve(run: RunDir, opened: OpenBuffer, listener: socket.socket) -> None:
+    writer = Writer(opened.store, opened.owner.check, exit_with_cause)
+    writer.start()
+    service = Service(
+        opened.core,
+        writer,
+        run,
+        token=auth.token(run),
+        incarnation=opened.owner.incarnation,
+        on_fatal=exit_with_cause,
+    )
+    loop = asyncio.get_running_loop()
+    server = _Server(
+        _uvicorn_config(run, service), lambda: loop.call_soon_threadsafe(service.drain)
+    )
+    port = listener.getsockname()[1]
+    publish_endpoint(run, port, opened.owner.incarnation)
+    state = opened.core.book.state
+    log.info(
+        "incarnation %d listens on port %d; step %d is being filled, lineage %d.",
+        opened.owner.incarnation, port, state.current_step, state.lineage,
+    )  # fmt: skip
+    over = asyncio.create_task(_stop_when_over(service, server))
+    await server.serve(sockets=[listener])
+    over.cancel()
+    writer.stop()
+
+
+async def _stop_when_over(service: Service, server: _Server) -> None:
+    await service.is_over.wait()
+    log.info("the run is complete and every actor was told.")
+    service.drain()
+    server.should_exit = True
+
+
+def _uvicorn_config(run: RunDir, service: Service) -> uvicorn.Config:
+    return uvicorn.Config(
+        service.app,
+        ssl_certfile=str(run.auth / auth.CERTIFICATE),
+        ssl_keyfile=str(run.auth / auth.KEY),
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        timeout_keep_alive=60,
+        timeout_graceful_shutdown=DRAIN_S,
+    )
+
+
+class _Server(uvicorn.Server):
+    """Tells the service to let its waiting requests go before uvicorn waits for them.
+
+    uvicorn raises the captured signal again when it is done, for the handler that was set before;
+    that handler must not end the process, so that it closes its files and exits with 0.
+    """
+
+    def __init__(self, config: uvicorn.Config, on_exit: Callable[[], object]) -> None:
+        super().__init__(config)
+        self._on_exit = on_exit
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop_before_serving)
+
+    def _stop_before_serving(self, _: int, __: object) -> None:
+        self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        self._on_exit()
+        super().handle_exit(sig, frame)  # type: ignore[arg-type]  # frame: uvicorn's narrower type
+
+
+def _listen(port: int) -> socket.socket:
+    """A listening socket on every interface; a predecessor's port may be in use for a moment."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with contextlib.suppress(OSError):
+        listener.bind(("0.0.0.0", port))
+        return listener
+    listener.close()
+    raise OSError(
+        errno.EADDRINUSE,
+        f"port {port} (buffer.port) is in use on {socket.gethostname()}; set buffer.port to 0 for "
+        "any free port",
+    )

@@ -1,0 +1,96 @@
+"""When a process ends: start it again, end the run, or call it complete. Rules only, no processes.
+
+A unit is what restarts together: the buffer, one actor, or all ranks of the learner.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field
+from typing import Literal
+
+FIRST_DELAY_S = 1.0
+MAX_DELAY_S = 30.0
+QUIET_EXIT_DELAY_S = 5.0
+"""After exit 0 of a unit that should have stayed: the run may be about to end."""
+
+Unit = str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exit:
+    """A process of a unit has ended."""
+
+    unit: Unit
+    process: str
+    code: int
+    """As subprocess has it: negative for a signal."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restart:
+    unit: Unit
+    delay_s: float
+    number: int
+    """From 1; at most the policy's limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """Every process of the leading unit has exited 0 and the result is there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GiveUp:
+    unit: Unit
+    restarts: int
+
+
+Decision = Restart | Finish | GiveUp | Literal["wait"]
+
+
+@dataclass(slots=True, kw_only=True)
+class RestartPolicy:
+    """Counts deaths by unit and decides. The leading unit's exit 0 is the end of the run."""
+
+    leader: Unit
+    sizes: dict[Unit, int]
+    """Processes of each unit."""
+    max_restarts: int
+    _restarts: dict[Unit, int] = field(default_factory=dict)
+    _finished: int = 0
+    """Processes of the leader that have exited 0 in its present life."""
+
+    def decide(self, ended: Exit, *, is_complete: bool) -> Decision:
+        """What to do about one exit. After Restart, further exits of that life are not reported.
+
+        Args:
+            ended: the exit.
+            is_complete: the run's result is there; exit 0 of the leader without it is a death.
+        """
+        if ended.unit == self.leader and ended.code == 0:
+            self._finished += 1
+            if self._finished < self.sizes[self.leader]:
+                return "wait"
+            if is_complete:
+                return Finish()
+        if ended.unit == self.leader:
+            self._finished = 0
+        number = self._restarts.get(ended.unit, 0) + 1
+        if number > self.max_restarts:
+            return GiveUp(unit=ended.unit, restarts=self.max_restarts)
+        self._restarts[ended.unit] = number
+        return Restart(unit=ended.unit, delay_s=_delay_s(number, ended.code), number=number)
+
+
+def _delay_s(number: int, code: int) -> float:
+    grown = min(FIRST_DELAY_S * 2.0 ** (number - 1), MAX_DELAY_S)
+    return max(grown, QUIET_EXIT_DELAY_S) if code == 0 else grown
+
+
+def exit_text(code: int) -> str:
+    """'exit 1' or 'killed by SIGKILL'."""
+    if code >= 0:
+        return f"exit {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"killed by {names.get(-code, f'signal {-code}')}"

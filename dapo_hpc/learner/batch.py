@@ -1,0 +1,138 @@
+"""A train batch on this rank: fetched, weighted and packed as the step's plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dapo_hpc.buffer.messages import decode, encode
+from dapo_hpc.config import RunConfig
+from dapo_hpc.learner.advantage import group_advantages
+from dapo_hpc.learner.correction import non_finite_tokens
+from dapo_hpc.learner.forward import Row, row
+from dapo_hpc.learner.model import Policy
+from dapo_hpc.learner.packing import (
+    MicroBatch,
+    StepPlan,
+    pack,
+    token_weights,
+    trained_tokens,
+)
+from dapo_hpc.learner.parallel import Processes
+from dapo_hpc.records import Group, GroupSummary
+
+Fetch = Callable[[list[int]], list[Group]]
+
+
+@dataclass(slots=True)
+class Micro:
+    """One micro-batch; the log-probs are filled in by scoring, on the last stage."""
+
+    tokens: MicroBatch
+    row: Row
+    old_logprobs: Tensor | None = None
+    """[T] float32, nats; the policy's before the step's first update."""
+    importance_weights: Tensor | None = None
+    """[T] float32; None when loss.importance_sampling is off."""
+    ref_logprobs: Tensor | None = None
+    """[T] float32, nats; None when loss.kl_coef is 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """This rank's share of one rollout step."""
+
+    mini_batches: list[list[Micro]]
+    """One list of micro-batches for each optimizer step; as many on every rank."""
+    num_dropped_tokens: int
+    """Over all ranks: tokens without a finite rollout log-prob."""
+
+    def micros(self) -> list[Micro]:
+        """All micro-batches in order: what scoring runs through in one go."""
+        return [micro for mini_batch in self.mini_batches for micro in mini_batch]
+
+
+def fetch_groups(
+    processes: Processes, fetch: Fetch, plan: StepPlan, summaries: Sequence[GroupSummary]
+) -> dict[int, Group]:
+    """The groups of which this rank trains a response, by position in the train batch.
+
+    One rank of each data-parallel replica asks the buffer; it gives them to the others.
+    """
+    positions = plan.positions(processes.data_rank)
+    ids = [summaries[position].group_id for position in positions]
+    if processes.layout.tensor * processes.layout.pipeline == 1:
+        groups = fetch(ids)
+    else:
+        groups = decode(processes.share_in_replica(lambda: encode(fetch(ids))), list[Group])
+    by_id = {group.group_id: group for group in groups}
+    return {position: by_id[id_] for position, id_ in zip(positions, ids, strict=True)}
+
+
+def build(
+    policy: Policy,
+    config: RunConfig,
+    plan: StepPlan,
+    summaries: Sequence[GroupSummary],
+    groups: dict[int, Group],
+) -> TrainBatch:
+    """Advantages, token weights and packed rows of this rank's micro-batches."""
+    here = policy.processes
+    dropped = _dropped(here, plan, groups, (len(summaries), len(summaries[0].rewards)))
+    advantages = np.stack(
+        [group_advantages(np.array(s.rewards), config.advantage) for s in summaries]
+    )
+    weights = _weights(config, plan, summaries, dropped)
+    multiple = here.layout.tensor if policy.config.sequence_parallel else 1
+
+    def micro(members: Sequence[tuple[int, int]]) -> Micro:
+        tokens = pack(members, groups, advantages=advantages, weights=weights, multiple=multiple)
+        return Micro(tokens.to(here.device), _row(policy, tokens))
+
+    mini_batches = [
+        [micro(members) for members in mini.ranks[here.data_rank]] for mini in plan.mini_batches
+    ]
+    return TrainBatch(mini_batches, int(dropped.sum()))
+
+
+def _row(policy: Policy, tokens: MicroBatch) -> Row:
+    lengths = np.diff(tokens.cu_seqlens.numpy()).astype(np.int64)
+    return row(policy, tokens.token_ids.numpy(), tokens.targets.numpy(), lengths)
+
+
+def _dropped(
+    here: Processes, plan: StepPlan, groups: dict[int, Group], shape: tuple[int, int]
+) -> np.ndarray:
+    """[N, G] tokens without a finite rollout log-prob, over all ranks."""
+    mine = np.zeros(shape, dtype=np.int64)
+    if here.reports:
+        members = [
+            member
+            for mini in plan.mini_batches
+            for micro in mini.ranks[here.data_rank]
+            for member in micro
+        ]
+        mine = non_finite_tokens(members, groups, shape)
+    return here.sum_over_ranks(torch.from_numpy(mine)).to(torch.int64).numpy()
+
+
+def _weights(
+    config: RunConfig, plan: StepPlan, summaries: Sequence[GroupSummary], dropped: np.ndarray
+) -> np.ndarray:
+    """[N, G] float64: each mini-batch has a denominator of its own."""
+    num_trained = trained_tokens(
+        summaries, overlong_filtering=config.loss.overlong_filtering, dropped=dropped
+    )
+    weights = np.zeros(num_trained.shape)
+    for mini in plan.mini_batches:
+        rows = list(mini.groups)
+        weights[rows] = token_weights(
+            num_trained[rows],
+            config.loss.normalization,
+            max_response_tokens=config.rollout.max_response_tokens,
+        )
+    return weights

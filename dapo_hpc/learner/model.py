@@ -1,0 +1,348 @@
+"""The policy: a Megatron GPTModel built from a Hugging Face config, and its weights in and out.
+
+The only file that knows the names of Megatron's configuration.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+)
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from safetensors import safe_open
+from torch import Tensor
+
+from dapo_hpc.learner import cpu, head
+from dapo_hpc.learner.attention import PackedAttention, RMSNorm, RotaryTable
+from dapo_hpc.learner.parallel import Processes
+from dapo_hpc.weights import names
+from dapo_hpc.weights.names import ModelShape
+
+FAMILIES = ("qwen2", "qwen3", "llama")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""model.dtype of the config."""
+
+
+class TensorSource(Protocol):
+    """Full Hugging Face tensors by name."""
+
+    def get(self, name: str) -> Tensor: ...
+
+
+class SafetensorsSource:
+    """The safetensors files of a Hugging Face directory, read one tensor at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        self._files: dict[str, Any] = {}
+        for path in sorted(directory.glob("*.safetensors")):
+            file = safe_open(str(path), framework="pt")
+            self._files |= dict.fromkeys(file.keys(), file)
+        if not self._files:
+            raise ValueError(f"{directory} holds no safetensors files; expected a model.")
+        self._directory = directory
+
+    def get(self, name: str) -> Tensor:
+        if name not in self._files:
+            raise ValueError(
+                f"{self._directory} has no tensor {name}, which its config.json calls for."
+            )
+        return self._files[name].get_tensor(name)
+
+
+class RandomSource:
+    """Freshly drawn weights: normal with the config's initializer_range, norms 1, biases 0.
+
+    Each tensor depends on (seed, name) only, so every parallel layout starts from the same model.
+    """
+
+    def __init__(self, shape: ModelShape, scale: float, seed: int) -> None:
+        self._shape, self._scale, self._seed = shape, scale, seed
+
+    def get(self, name: str) -> Tensor:
+        sizes = names.hf_shape(name, self._shape)
+        if name.endswith("bias"):
+            return torch.zeros(sizes)
+        if len(sizes) == 1:
+            return torch.ones(sizes)
+        digest = int.from_bytes(f"{self._seed}/{name}".encode(), "little") % (2**61 - 1)
+        return torch.randn(sizes, generator=torch.Generator().manual_seed(digest)) * self._scale
+
+
+class Policy:
+    """The trained model on this rank: its share of the layers and of each matrix."""
+
+    def __init__(
+        self,
+        directory: Path,
+        processes: Processes,
+        *,
+        dtype: torch.dtype,
+        temperature: float,
+        sequence_parallel: bool = False,
+    ) -> None:
+        """Build with arbitrary weights; call `load` next.
+
+        Args:
+            directory: Hugging Face model; only its config is read here.
+            processes: this rank's place.
+            dtype: of the parameters; gradients are summed in float32 whatever it is.
+            temperature: logits are divided by it, as they were in sampling.
+            sequence_parallel: split norms and residuals over the tensor-parallel ranks by token.
+        """
+        self.hf = transformers.AutoConfig.from_pretrained(directory)
+        _check_supported(self.hf, processes)
+        self.processes, self.dtype = processes, dtype
+        self.shape = ModelShape.of(self.hf)
+        self.config = _megatron_config(self.hf, self.shape, processes, dtype, sequence_parallel)
+        with cpu.cuda_calls_on_cpu():
+            self.module = _build(self.config, self.shape, processes)
+        self.head: head.LogprobHead | None = None
+        if processes.is_last_stage:
+            self.head = head.install(
+                self.module, temperature=temperature, valid_vocab=self.shape.vocab
+            )
+        self.rotary = RotaryTable(*_frequencies(self.hf, self.shape), device=processes.device)
+        self.ddp = _data_parallel(self.config, self.module)
+
+    @property
+    def first_layer(self) -> int:
+        """Global number (from 0) of this stage's layer 0."""
+        return int(self.module.decoder.layers[0].layer_number) - 1
+
+    @torch.no_grad()
+    def load(self, source: TensorSource) -> None:
+        """Fill every parameter of this rank from full Hugging Face tensors."""
+        tp, rank = self.processes.layout.tensor, self.processes.tensor_rank
+        for name, parameter in self.module.named_parameters():
+            entry = names.entry(name, first_layer=self.first_layer, is_tied=self.shape.is_tied)
+            tensors = [source.get(hf_name) for hf_name in entry.hf_names]
+            for hf_name, tensor in zip(entry.hf_names, tensors, strict=True):
+                _check_shape(hf_name, tensor, self.shape)
+            parameter.copy_(names.shard(entry.kind, tensors, self.shape, tp, rank))
+
+    @torch.no_grad()
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """Full Hugging Face tensors, one parameter at a time; yields them on rank 0 only.
+
+        Collective: every rank must exhaust it. Only the first data-parallel replica works.
+        """
+        if self.processes.data_rank != 0:
+            return
+        layout = self.processes.layout
+        per_stage = self.shape.num_layers // layout.pipeline
+        for stage in range(layout.pipeline):
+            first = stage * per_stage
+            for name in names.megatron_names(self.shape, first, per_stage):
+                yield from self._export_one(name, stage, first)
+
+    def _export_one(self, name: str, stage: int, first: int) -> Iterator[tuple[str, Tensor]]:
+        here = self.processes
+        entry = names.entry(name, first_layer=first, is_tied=self.shape.is_tied)
+        full: list[Tensor] = []
+        if here.pipeline_rank == stage:
+            full = self._gather(self.module.get_parameter(name).detach(), entry.kind)
+        if here.tensor_rank != 0:
+            return
+        for i, hf_name in enumerate(entry.hf_names):
+            tensor = full[i] if full else None
+            tensor = self._bring_to_first_stage(tensor, hf_name, stage)
+            if here.rank == 0 and tensor is not None:
+                yield hf_name, tensor
+
+    def _gather(self, part: Tensor, kind: names.Kind) -> list[Tensor]:
+        group = self.processes.tensor_group
+        if group is None or kind == "replicated":
+            return names.merge(kind, [part], self.shape)
+        parts = [torch.empty_like(part) for _ in range(group.size())]
+        dist.all_gather(parts, part.contiguous(), group=group)
+        return names.merge(kind, parts, self.shape)
+
+    def _bring_to_first_stage(self, tensor: Tensor | None, name: str, stage: int) -> Tensor | None:
+        if stage == 0 or self.processes.pipeline_rank not in (0, stage):
+            return tensor
+        ranks = mpu.get_pipeline_model_parallel_group()
+        source = dist.get_global_rank(ranks, stage)
+        if tensor is not None:
+            dist.send(tensor.contiguous(), dst=dist.get_global_rank(ranks, 0), group=ranks)
+            return None
+        shape = names.hf_shape(name, self.shape)
+        received = torch.empty(shape, dtype=self.dtype, device=self.processes.device)
+        dist.recv(received, src=source, group=ranks)
+        return received
+
+
+def is_complete(directory: Path) -> bool:
+    """True when a directory holds a whole Hugging Face model: config and all its safetensors."""
+    index = directory / "model.safetensors.index.json"
+    if not (directory / "config.json").exists():
+        return False
+    if index.exists():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+        return all((directory / name).exists() for name in files)
+    return (directory / "model.safetensors").exists()
+
+
+def _check_supported(hf: Any, processes: Processes) -> None:
+    layout = processes.layout
+    problems = []
+    if hf.model_type not in FAMILIES:
+        problems.append(f"model_type is {hf.model_type}; expected one of {', '.join(FAMILIES)}")
+    if getattr(hf, "attention_bias", False) or getattr(hf, "mlp_bias", False):
+        problems.append("attention_bias or mlp_bias is set; this learner has no such parameters")
+    if getattr(hf, "use_sliding_window", False):
+        problems.append("use_sliding_window is set; the learner attends to whole sequences")
+    if hf.hidden_act != "silu":
+        problems.append(f"hidden_act is {hf.hidden_act}; expected silu")
+    if hf.num_hidden_layers % layout.pipeline:
+        problems.append(
+            f"learner.pipeline_parallel = {layout.pipeline} does not divide "
+            f"{hf.num_hidden_layers} layers"
+        )
+    for what in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(hf, what) % layout.tensor:
+            problems.append(
+                f"learner.tensor_parallel = {layout.tensor} does not divide {what} = "
+                f"{getattr(hf, what)}"
+            )
+    if problems:
+        raise ValueError(f"the model of model.path cannot be trained: {'; '.join(problems)}.")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: ModelShape) -> None:
+    expected = names.hf_shape(name, shape)
+    if tuple(tensor.shape) != expected:
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}, but config.json describes {list(expected)}. "
+            "The directory mixes files of different models."
+        )
+
+
+def _megatron_config(
+    hf: Any, shape: ModelShape, processes: Processes, dtype: torch.dtype, sequence_parallel: bool
+) -> TransformerConfig:
+    layout = processes.layout
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=hf.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.has_qkv_bias,
+        qk_layernorm=shape.has_qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=processes.device.type == "cpu",
+        perform_initialization=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        sequence_parallel=sequence_parallel,
+        # Micro-batches differ in length, so stages tell each other shapes; Megatron allows that
+        # only with this dispatcher, dense model or not.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        batch_p2p_comm=True,
+        batch_p2p_sync=False,
+        deallocate_pipeline_outputs=True,
+        # Fusions that need Apex or TransformerEngine.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        # The loss arrives with its denominator in the token weights: with this flag Megatron sums
+        # micro-batches and data-parallel ranks, and divides by nothing (see _finalize).
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=_finalize,
+    )
+
+
+def _finalize(models: list[torch.nn.Module], _num_tokens: Tensor | None, **kwargs: Any) -> None:
+    """Megatron's gradient reductions without its division by the number of tokens."""
+    finalize_model_grads(models, None, **kwargs)
+
+
+def _build(config: TransformerConfig, shape: ModelShape, processes: Processes) -> GPTModel:
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=_layers(config),
+        vocab_size=shape.padded_vocab(processes.layout.tensor),
+        max_sequence_length=1,  # only learned position embeddings look at it
+        pre_process=mpu.is_pipeline_first_stage(),
+        post_process=mpu.is_pipeline_last_stage(),
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.is_tied,
+        position_embedding_type="none",  # rotated in PackedAttention
+    )
+
+
+def _layers(config: TransformerConfig) -> TransformerBlockSubmodules:
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    num_layers = get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+
+
+def _data_parallel(config: TransformerConfig, module: GPTModel) -> DistributedDataParallel:
+    ddp = DistributedDataParallel(
+        config=config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            average_in_collective=False,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=False,
+            check_for_nan_in_grad=False,  # optimizer.py skips and counts them
+        ),
+        module=module,
+    )
+    config.no_sync_func = ddp.no_sync
+    return ddp
+
+
+def _frequencies(hf: Any, shape: ModelShape) -> tuple[Tensor, float]:
+    """Inverse rotary frequencies [d / 2] and the scale of cos and sin, as in transformers."""
+    rope = hf.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+        return 1.0 / rope["rope_theta"] ** exponents, 1.0
+    if kind not in ("linear", "llama3", "yarn"):
+        raise ValueError(
+            f"rope_type is {kind}, whose angles depend on the sequence's length; expected default, "
+            "linear, llama3 or yarn."
+        )
+    function = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[kind]
+    inverse_frequencies, scaling = function(hf, torch.device("cpu"))
+    return inverse_frequencies, float(scaling)

@@ -1,0 +1,199 @@
+"""The learner of this rank: its model, and the verbs a rollout step is written in.
+
+Rank 0 alone talks to the buffer and writes metrics; what the others must know it announces. Every
+verb is called by every rank, in the same order.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from dapo_hpc.buffer.messages import EvaluationsReply, TakeReply, decode, encode
+from dapo_hpc.config import RunConfig
+from dapo_hpc.learner.checkpoint import Checkpoints, Progress
+from dapo_hpc.learner.model import DTYPES, Policy, SafetensorsSource
+from dapo_hpc.learner.optimizer import AdamSettings, Optimizer
+from dapo_hpc.learner.parallel import Processes
+from dapo_hpc.learner.probe import probes
+from dapo_hpc.learner.reference import Reference
+from dapo_hpc.observe.metrics import MetricsLog
+from dapo_hpc.records import Group, GroupSummary, PolicyVersion
+from dapo_hpc.run_dir import RunDir, write_json
+from dapo_hpc.weights import publish
+
+POLL_S = 2.0
+"""How long the buffer may hold a request for a batch; between two, evaluations are written down."""
+
+log = logging.getLogger(__name__)
+
+
+class Buffer(Protocol):
+    """What the learner asks of the buffer; see dapo_hpc.buffer.client.BufferClient."""
+
+    def register(self, step: int) -> int: ...
+    def take(self, lineage: int, step: int, wait_s: float) -> TakeReply: ...
+    def fetch(self, group_ids: list[int]) -> list[Group]: ...
+    def publish(self, version: PolicyVersion, *, is_evaluated: bool) -> None: ...
+    def commit(self, lineage: int, step: int) -> None: ...
+    def evaluations(self) -> EvaluationsReply: ...
+    def finish(self, lineage: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A closed batch, as every rank knows it."""
+
+    groups: list[GroupSummary]
+    metrics: dict[str, float]
+
+
+@dataclass(slots=True)
+class Session:
+    """One life of the learner: from registration with the buffer to its end."""
+
+    run: RunDir
+    config: RunConfig
+    processes: Processes
+    buffer: Buffer
+    policy: Policy
+    optimizer: Optimizer
+    reference: Reference | None
+    checkpoints: Checkpoints
+    lineage: int = 0
+    _metrics: MetricsLog | None = field(default=None, repr=False)
+
+    def resume(self) -> int:
+        """Load the newest checkpoint if there is one, and register; the steps trained so far."""
+        progress = self.checkpoints.load_newest(self.policy, self.optimizer)
+        step = progress.step if progress else 0
+        if self.processes.rank == 0:
+            self.lineage = self.buffer.register(step)
+            self._metrics = MetricsLog(self.run.metrics, lineage=self.lineage)
+            self.processes.announce(encode(self.lineage))
+        else:
+            self.lineage = decode(self.processes.listen(), int)
+        log.info("lineage %d starts after step %d.", self.lineage, step)
+        return step
+
+    def take(self, step: int) -> Taken:
+        """The batch of `step`, on every rank; waits as long as it takes."""
+        if self.processes.rank != 0:
+            taken: Taken = decode(self.processes.listen(), Taken)
+            return taken
+        while True:
+            self.processes.check_peers()
+            self.record_evaluations()
+            reply = self.buffer.take(self.lineage, step, POLL_S)
+            if reply.groups is not None:
+                taken = Taken(reply.groups, reply.metrics)
+                self.processes.announce(encode(taken))
+                return taken
+
+    def fetch(self, group_ids: list[int]) -> list[Group]:
+        """Groups with their tokens, verified."""
+        return self.buffer.fetch(group_ids)
+
+    def publish(self, step: int) -> None:
+        """Write the weights of `step` for the actors, and tell the buffer."""
+        version = PolicyVersion(step=step, lineage=self.lineage)
+        measured = probes(self.policy)
+        tensors = self.policy.export()
+        if self.processes.rank != 0:
+            for _ in tensors:
+                pass
+            return
+        weights = self.config.weights
+        publish.publish(
+            self.run.weights,
+            version,
+            tensors,
+            measured,
+            Path(self.config.model.path),
+            weights.save_shard_bytes,
+        )
+        known = self.buffer.evaluations()
+        is_evaluated = self._evaluation_is_due(step, known)
+        self.buffer.publish(version, is_evaluated=is_evaluated)
+        in_use = {used.name for used in known.versions_in_use}
+        publish.retire(self.run.weights, weights.keep_versions, in_use)
+
+    def checkpoint(self, step: int) -> bool:
+        """Save when `step` is due, then let the buffer forget what no checkpoint needs."""
+        config = self.config
+        if step % config.learner.checkpoint_every and step != config.run.total_steps:
+            return False
+        progress = Progress(step=step, lineage=self.lineage)
+        self.checkpoints.save(self.policy, self.optimizer, progress)
+        if self.processes.rank == 0:
+            self.buffer.commit(self.lineage, self.checkpoints.steps()[0])
+        return True
+
+    def record(self, step: int, figures: dict[str, float]) -> None:
+        """Append the step's row. A second row of the same step takes the place of the first."""
+        if self._metrics is not None:
+            self._metrics.write("step", step, figures)
+
+    def record_evaluations(self) -> int:
+        """Write down finished evaluations that are not yet; the number still under way."""
+        reply = self.buffer.evaluations()
+        for result in reply.results:
+            path = self.run.eval / f"{result.version.name}.json"
+            if path.exists() or self._metrics is None:
+                continue
+            row = {
+                "eval/accuracy": result.accuracy,
+                "eval/pass_at_k": result.pass_at_k,
+                "eval/response_tokens_mean": result.mean_tokens,
+            }
+            self._metrics.write("eval", result.version.step, row)
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, asdict(result))
+        return reply.num_pending
+
+    def export(self, target: Path) -> None:
+        """Write the model as it is now to `target`, in Hugging Face format."""
+        tensors = self.policy.export()
+        if self.processes.rank == 0:
+            source = Path(self.config.model.path)
+            publish.write_model(target, tensors, source, self.config.weights.save_shard_bytes)
+        for _ in tensors:
+            pass
+
+    def _evaluation_is_due(self, step: int, known: EvaluationsReply) -> bool:
+        every = self.config.eval.every
+        is_due = every > 0 and (step % every == 0 or step == self.config.run.total_steps)
+        return is_due and all(result.version.step != step for result in known.results)
+
+
+def open_session(run: RunDir, config: RunConfig, processes: Processes, buffer: Buffer) -> Session:
+    """Build the model from model.path; `resume` comes next."""
+    source = Path(config.model.path)
+    policy = Policy(
+        source,
+        processes,
+        dtype=DTYPES[config.model.dtype],
+        temperature=config.rollout.temperature,
+        sequence_parallel=config.learner.sequence_parallel,
+    )
+    policy.load(SafetensorsSource(source))
+    section = config.optimizer
+    settings = AdamSettings(
+        weight_decay=section.weight_decay,
+        beta1=section.beta1,
+        beta2=section.beta2,
+        eps=section.eps,
+        grad_clip=section.grad_clip,
+    )
+    return Session(
+        run=run,
+        config=config,
+        processes=processes,
+        buffer=buffer,
+        policy=policy,
+        optimizer=Optimizer(policy, settings),
+        reference=Reference(policy) if config.loss.kl_coef > 0 else None,
+        checkpoints=Checkpoints(run.checkpoints, processes, keep=config.learner.keep_checkpoints),
+    )

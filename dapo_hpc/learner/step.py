@@ -1,0 +1,175 @@
+"""One rollout step of the learner, on one screen: `rollout_step`. Every rank runs it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dapo_hpc.config import LossSection
+from dapo_hpc.learner.batch import Micro, TrainBatch, build, fetch_groups
+from dapo_hpc.learner.correction import Mismatch, importance_weights, measure_mismatch
+from dapo_hpc.learner.forward import forward_backward, log_probs
+from dapo_hpc.learner.optimizer import Optimizer
+from dapo_hpc.learner.packing import plan_step
+from dapo_hpc.learner.parallel import Processes
+from dapo_hpc.learner.report import (
+    Stopwatch,
+    UpdateFigures,
+    batch_metrics,
+    padding_frac,
+    process_metrics,
+)
+from dapo_hpc.learner.session import Session
+from dapo_kernels import dapo_loss
+
+log = logging.getLogger(__name__)
+
+
+class MismatchTooLarge(RuntimeError):
+    """Engine and learner no longer hold the same policy; training on would be noise."""
+
+
+def rollout_step(session: Session, step: int) -> dict[str, float]:
+    """Train one batch, publish the new weights, checkpoint when due; returns the step's figures.
+
+    Args:
+        session: the learner of this rank.
+        step: rollout step to train, from 1.
+    """
+    config, here = session.config, session.processes
+    clock = Stopwatch()
+    taken = session.take(step)
+    clock.lap("wait")
+    plan = plan_step(
+        taken.groups,
+        mini_batches=config.learner.mini_batches,
+        micro_batch_tokens=config.learner.micro_batch_tokens,
+        data_parallel=here.layout.data,
+        seed=config.run.seed + step,
+    )
+    groups = fetch_groups(here, session.fetch, plan, taken.groups)
+    batch = build(session.policy, config, plan, taken.groups, groups)
+    clock.lap("fetch")
+    scored = score(session, batch)
+    check_mismatch(scored.mismatch, config.loss, step)
+    clock.lap("score")
+
+    lr = learning_rate(config.optimizer.lr, config.optimizer.warmup_steps, step)
+    figures = UpdateFigures(here.device)
+    for mini_batch in batch.mini_batches:
+        update(session, mini_batch, lr, figures)
+    clock.lap("update")
+
+    session.publish(step)
+    clock.lap("publish")
+    row = {
+        **batch_metrics(taken.groups),
+        **scored.metrics(),
+        **figures.metrics(here, has_reference=session.reference is not None),
+        **process_metrics(here),
+        "learner/lr": lr,
+        "learner/padding_frac": padding_frac(here, batch),
+        "mismatch/dropped_tokens": float(batch.num_dropped_tokens),
+        **taken.metrics,
+    }
+    # Before the checkpoint, because a resumed run does not train this step again; and after it,
+    # because only then its duration is known.
+    session.record(step, {**row, **clock.finish()})
+    if session.checkpoint(step):
+        clock.lap("checkpoint")
+        session.record(step, {**row, **clock.finish()})
+    return row
+
+
+def learning_rate(lr: float, warmup_steps: int, step: int) -> float:
+    """lr * min(1, step / warmup_steps) for rollout step `step` (from 1), all its updates alike."""
+    return lr * min(1.0, step / warmup_steps) if warmup_steps else lr
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What the scoring pass saw, over all ranks."""
+
+    mismatch: Mismatch
+    entropy: float
+    """Nats, mean over the trained tokens."""
+
+    def metrics(self) -> dict[str, float]:
+        return {**self.mismatch.metrics(), "learner/entropy": self.entropy}
+
+
+def score(session: Session, batch: TrainBatch) -> Scored:
+    """Fill in old log-probs, importance weights and reference log-probs. Collective."""
+    micros = batch.micros()
+    rows = [micro.row for micro in micros]
+    loss, here = session.config.loss, session.processes
+    cap = loss.importance_cap
+    mismatch = Mismatch.empty(here.device)
+    entropy_sum = torch.zeros((), dtype=torch.float64, device=here.device)
+    # On stages before the last there are no log-probs, and both loops end at once.
+    for micro, (old, entropy) in zip(micros, log_probs(session.policy, rows), strict=False):
+        rollout, mask = micro.tokens.rollout_logprobs, micro.tokens.loss_mask
+        micro.old_logprobs = old
+        if loss.importance_sampling == "token":
+            micro.importance_weights = importance_weights(old, rollout, cap=cap)
+        mismatch = mismatch.merge(measure_mismatch(old, rollout, mask, cap=cap))
+        entropy_sum += (entropy * mask).sum(dtype=torch.float64)
+    if session.reference is not None:
+        for micro, ref in zip(micros, session.reference.log_probs(rows), strict=False):
+            micro.ref_logprobs = ref
+    return _over_ranks(here, mismatch, entropy_sum)
+
+
+def _over_ranks(here: Processes, mismatch: Mismatch, entropy_sum: Tensor) -> Scored:
+    mine = torch.cat([mismatch.sums, entropy_sum.reshape(1)]) * float(here.reports)
+    sums = here.sum_over_ranks(mine)
+    largest = here.max_over_ranks(mismatch.max_diff.reshape(1))
+    merged = Mismatch(sums=sums[:-1], max_diff=largest[0])
+    return Scored(merged, float(sums[-1]) / max(float(sums[0]), 1.0))
+
+
+def check_mismatch(mismatch: Mismatch, loss: LossSection, step: int) -> None:
+    """Warn from loss.mismatch_warn on; raise MismatchTooLarge from loss.mismatch_stop on."""
+    mean = mismatch.metrics().get("mismatch/mean_diff", 0.0)
+    sentence = (
+        f"step {step}: engine and learner differ by {mean:.4g} nats a token in the mean (largest "
+        f"{mismatch.max_diff.item():.4g})"
+    )
+    if mean >= loss.mismatch_stop:
+        raise MismatchTooLarge(
+            f"{sentence}; loss.mismatch_stop = {loss.mismatch_stop:g}. They no longer hold the "
+            "same policy: compare the actors' probe figures, dtype and temperature."
+        )
+    if mean >= loss.mismatch_warn:
+        log.warning("%s; loss.mismatch_warn = %g.", sentence, loss.mismatch_warn)
+
+
+def update(session: Session, mini_batch: list[Micro], lr: float, figures: UpdateFigures) -> None:
+    """One optimizer step on one mini-batch."""
+    loss = session.config.loss
+
+    def clip_higher(number: int, logprobs: Tensor, _entropy: Tensor) -> tuple[Tensor, None]:
+        micro = mini_batch[number]
+        assert micro.old_logprobs is not None, "scoring fills old_logprobs on the last stage"
+        value, stats = dapo_loss(
+            logprobs,
+            micro.old_logprobs,
+            micro.tokens.advantages,
+            micro.tokens.token_weights,
+            clip_low=loss.clip_low,
+            clip_high=loss.clip_high,
+            dual_clip=loss.dual_clip,
+            importance_weights=micro.importance_weights,
+            ref_logprobs=micro.ref_logprobs,
+            kl_coef=loss.kl_coef,
+        )
+        figures.add(value, stats)
+        return value, None
+
+    optimizer: Optimizer = session.optimizer
+    optimizer.zero_grad()
+    forward_backward(session.policy, [micro.row for micro in mini_batch], clip_higher)
+    figures.updates.append(optimizer.step(lr))

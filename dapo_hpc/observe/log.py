@@ -1,0 +1,84 @@
+"""Log lines of a role: time, level, role, message; and a failure that ends with its cause."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+FORMAT = "%(asctime)s %(levelname)s {role}: %(message)s"
+ATTEMPT = "==="
+TAIL_BYTES = 16_384
+_PREFIX = re.compile(r"^\d{2}:\d{2}:\d{2} [A-Z]+ [\w-]+: ")
+
+
+def setup(role: str, *, level: int = logging.INFO) -> None:
+    """Send this process's log to standard error; `role` may carry an index, as in actor-0."""
+    logging.basicConfig(
+        level=logging.WARNING, format=FORMAT.format(role=role), datefmt="%H:%M:%S", force=True
+    )
+    logging.getLogger("dapo_hpc").setLevel(level)
+
+
+def exit_with_cause(error: BaseException) -> NoReturn:
+    """Log the traceback, then one line with the cause, and end the process with exit code 1.
+
+    The process ends at once: what libraries print while they are torn down would otherwise
+    follow the cause.
+    """
+    logging.getLogger("dapo_hpc").error("".join(traceback.format_exception(error)).rstrip())
+    logging.getLogger("dapo_hpc").critical("%s", cause_of(error))
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def cause_of(error: BaseException) -> str:
+    """One line: the type unless it is a sentence of our own (ValueError), and the message."""
+    message = " ".join(str(error).split())
+    if isinstance(error, ValueError) and message:
+        return message
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def message_of(line: str) -> str:
+    """A log line without time, level and role."""
+    return _PREFIX.sub("", line)
+
+
+def attempt_header(name: str, attempt: int) -> str:
+    """The line a launcher writes before each attempt of a process."""
+    return f"{ATTEMPT} {name}, attempt {attempt}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+
+
+def last_line(log: Path) -> str:
+    """Last line with text of a log file, whoever wrote it; '' without one."""
+    return next(_lines_from_the_end(log), "")
+
+
+def last_message(log: Path) -> str:
+    """What the role itself said last in its present attempt; library chatter is left out."""
+    for line in _lines_from_the_end(log):
+        if _PREFIX.match(line):
+            return message_of(line)
+        if line.startswith(ATTEMPT):
+            break
+    return "starting"
+
+
+def _lines_from_the_end(log: Path) -> Iterator[str]:
+    """Lines with text in the last TAIL_BYTES; of a progress bar its last state."""
+    if not log.exists():
+        return
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+        lines = file.read().decode(errors="replace").split("\n")
+    filled = (line.rstrip("\r").rpartition("\r")[2].strip() for line in reversed(lines))
+    yield from (line for line in filled if line)

@@ -1,0 +1,29 @@
+"""Supervised fine-tuning: makes the model that reinforcement learning starts from."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from dapo_hpc.config import RunConfig
+from dapo_hpc.run_dir import RunDir
+
+
+def main(run: RunDir, config: RunConfig, rank: int, world: int) -> int:
+    """Run one rank of supervised fine-tuning until model.path is written, or until SIGTERM.
+
+    At SIGTERM it leaves at once; the next start resumes from the newest checkpoint. SIGINT is left
+    to the launcher.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+    from dapo_hpc.learner.parallel import Layout, connect
+    from dapo_hpc.learner.sft import fine_tune
+
+    section = config.learner
+    layout = Layout(section.tensor_parallel, section.pipeline_parallel, section.data_parallel)
+    layout.require_world(world)
+    here = connect(layout, rank, run.root / "sft.json", threads=section.threads)
+    fine_tune(run, config, here)
+    return 0

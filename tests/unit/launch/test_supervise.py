@@ -1,0 +1,80 @@
+"""The restart rules, without any process."""
+
+from __future__ import annotations
+
+from dapo_hpc.launch.supervise import (
+    Decision,
+    Exit,
+    Finish,
+    GiveUp,
+    Restart,
+    RestartPolicy,
+    exit_text,
+)
+
+
+def policy(max_restarts: int = 2, ranks: int = 1) -> RestartPolicy:
+    sizes = {"buffer": 1, "actor-0": 1, "learner": ranks}
+    return RestartPolicy(leader="learner", sizes=sizes, max_restarts=max_restarts)
+
+
+def ended(unit: str, code: int) -> Exit:
+    return Exit(unit=unit, process=unit, code=code)
+
+
+def decide(rules: RestartPolicy, exit: Exit) -> Decision:
+    return rules.decide(exit, is_complete=True)
+
+
+def test_exit_0_of_every_leader_rank_is_the_end_of_the_run() -> None:
+    rules = policy(ranks=2)
+    assert decide(rules, ended("learner", 0)) == "wait"
+    assert decide(rules, ended("learner", 0)) == Finish()
+
+
+def test_a_leader_rank_that_dies_after_another_has_finished_restarts_all() -> None:
+    rules = policy(ranks=2)
+    assert decide(rules, ended("learner", 0)) == "wait"
+    assert decide(rules, ended("learner", 1)) == Restart(unit="learner", delay_s=1.0, number=1)
+    assert decide(rules, ended("learner", 0)) == "wait", "the exit of the earlier life counted"
+    assert decide(rules, ended("learner", 0)) == Finish()
+
+
+def test_delays_grow_and_the_limit_ends_the_run() -> None:
+    rules = policy(max_restarts=3)
+    delays = []
+    for _ in range(3):
+        decision = decide(rules, ended("actor-0", -9))
+        assert isinstance(decision, Restart)
+        delays.append(decision.delay_s)
+    assert delays == [1.0, 2.0, 4.0]
+    assert decide(rules, ended("actor-0", -9)) == GiveUp(unit="actor-0", restarts=3)
+
+
+def test_units_have_their_own_limits() -> None:
+    rules = policy(max_restarts=1)
+    assert isinstance(decide(rules, ended("buffer", 1)), Restart)
+    assert isinstance(decide(rules, ended("actor-0", 1)), Restart)
+    assert isinstance(decide(rules, ended("buffer", 1)), GiveUp)
+
+
+def test_an_actor_that_leaves_quietly_is_started_again_but_not_at_once() -> None:
+    decision = decide(policy(), ended("actor-0", 0))
+    assert decision == Restart(unit="actor-0", delay_s=5.0, number=1)
+
+
+def test_delay_has_a_ceiling() -> None:
+    rules = policy(max_restarts=20)
+    delays = [getattr(decide(rules, ended("buffer", 1)), "delay_s", None) for _ in range(20)]
+    assert delays[-1] == 30.0
+
+
+def test_exit_text_names_signals() -> None:
+    assert exit_text(3) == "exit 3"
+    assert exit_text(-9) == "killed by SIGKILL"
+    assert exit_text(-250) == "killed by signal 250"
+
+
+def test_a_leader_that_was_told_to_stop_has_not_finished_the_run() -> None:
+    decision = policy().decide(ended("learner", 0), is_complete=False)
+    assert decision == Restart(unit="learner", delay_s=5.0, number=1)
