@@ -23,11 +23,6 @@ fi
 packages=()
 "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3-venv)
 command -v git >/dev/null || packages+=(git)
-command -v g++ >/dev/null || packages+=(g++)      # torch compiles the sampler of the engine
-"$PYTHON" - <<'PY' || packages+=(python3-dev)
-import pathlib, sys, sysconfig
-sys.exit(not (pathlib.Path(sysconfig.get_path("include")) / "Python.h").exists())
-PY
 /sbin/ldconfig -p | grep -q 'libnuma\.so\.1' || packages+=(libnuma1)   # the engine links to it
 if [ ${#packages[@]} -gt 0 ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
@@ -53,7 +48,8 @@ install() { "$VENV/bin/uv" pip install --python "$VENV/bin/python" "${options[@]
 install --quiet --dry-run --no-deps "$(grep '^torch==' "$LOCK")" 2>/dev/null || options+=(--torch-backend cpu)
 
 echo "setup: installing $(grep -c '==' "$LOCK") packages of $LOCK"
-install --quiet --no-deps --requirements "$LOCK"
+# Compiled at once: processes that may not write bytecode would else spend 10 s on each start.
+install --quiet --no-deps --compile-bytecode --requirements "$LOCK"
 install --quiet --no-deps --no-build-isolation --editable .
 echo "$wanted" >"$STAMP"
 echo "setup: done. Next: make demo"

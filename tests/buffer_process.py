@@ -82,8 +82,10 @@ def client_of(run: RunDir, *, give_up_s: float = 20.0) -> BufferClient:
 class BufferProcess:
     """`role buffer` of a run; `kill` is SIGKILL."""
 
-    def __init__(self, run: RunDir) -> None:
+    def __init__(self, run: RunDir, prelude: str = "") -> None:
+        """`prelude` is Python that the process runs first, for instance to shorten a time."""
         self.run = run
+        self.program = prelude + PROGRAM
         self.log = run.root / "buffer.log"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -91,7 +93,7 @@ class BufferProcess:
         before = read_endpoint(self.run).incarnation if self.run.endpoint.exists() else 0
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, str(self.run.root)],
+                [sys.executable, "-c", self.program, str(self.run.root)],
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,

@@ -74,7 +74,7 @@ def make_config(model: Path, root: Path, **sections: dict[str, Any]) -> RunConfi
 
 
 def make_group(group_id: int, rng: np.random.Generator, size: int = 4) -> Group:
-    """Random tokens; the first half of the responses is right."""
+    """Random ordinary tokens (transformers trains no padding token); half the responses right."""
     prompt = Prompt(
         uid=str(group_id),
         row=group_id,
@@ -86,7 +86,7 @@ def make_group(group_id: int, rng: np.random.Generator, size: int = 4) -> Group:
     responses = tuple(
         Response(
             index=index,
-            token_ids=rng.integers(0, VOCAB, int(length)).astype(np.int32),
+            token_ids=rng.integers(3, VOCAB, int(length)).astype(np.int32),
             rollout_logprobs=rng.normal(-3.5, 0.3, int(length)).astype(np.float32),
             spans=(),
             finish_reason="stop",

@@ -269,6 +269,7 @@ class Book:
 
     def _on_registered(self, event: ev.Registered) -> None:
         self.state.lineage = event.lineage
+        self.state.is_finished = False
         self.state.rollbacks.append(Rollback(event.lineage, event.step))
         self.state.newest = None
         for evaluation in list(self.state.evaluations):

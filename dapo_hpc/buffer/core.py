@@ -74,7 +74,7 @@ class Core:
         self._last_tick = now
         for lease in self.book.state.leases.values():
             if lease.state == "live":
-                self.desk.deadlines[lease.lease_id] = now + settings.lease_s
+                self.desk.extend(lease, now)
 
     def take_effects(self) -> Effects:
         """Events and payloads since the last call."""

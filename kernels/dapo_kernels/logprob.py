@@ -183,13 +183,13 @@ def _combine(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     maximum = maxima.amax(0)
     offsets = (maxima - maximum).clamp_min_(_FLOOR)
     scales = offsets.exp()
-    # At least 1, the maximum's own term, unless every logit of the row is -inf.
+    # At least 1, the maximum's own term, unless every logit of the row is -inf. So the log-prob is
+    # never above 0 and the entropy never below it.
     total = (sums * scales).sum(0).clamp_min_(1.0)
     mean_shifted = ((weighted + offsets * sums) * scales).sum(0) / total
     log_total = total.log()
-    logprobs = (targets.amax(0) - maximum - log_total).clamp_max_(0.0)
-    entropy = (log_total - mean_shifted).clamp_min_(0.0)
-    return logprobs, entropy, torch.stack((maximum, log_total), dim=-1)
+    logprobs = targets.amax(0) - maximum - log_total
+    return logprobs, log_total - mean_shifted, torch.stack((maximum, log_total), dim=-1)
 
 
 def _grad_logits(

@@ -7,9 +7,7 @@ import os
 import signal
 import time
 
-from transformers import AutoModelForCausalLM
-
-from .conftest import WholeRun
+from tests.fault.whole_run import WholeRun
 
 
 def assert_complete(whole: WholeRun, total_steps: int = 6) -> None:
@@ -23,6 +21,8 @@ def assert_complete(whole: WholeRun, total_steps: int = 6) -> None:
     status = json.loads(whole.run.status.read_text())
     assert status["counters"]["invariant_violations"] == 0
     assert (whole.run.report / "curves.png").stat().st_size > 10_000
+    from transformers import AutoModelForCausalLM
+
     AutoModelForCausalLM.from_pretrained(whole.run.model)
 
 

@@ -33,10 +33,15 @@ def inputs(rows: int, valid: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
 
 
 def run(
-    rows: int, valid: int, dtype: torch.dtype, group: dist.ProcessGroup | None
+    rows: int,
+    valid: int,
+    dtype: torch.dtype,
+    group: dist.ProcessGroup | None,
+    num_tokens: int = TOKENS,
 ) -> dict[str, Tensor]:
     """This rank's results; its rows of the weight only."""
     hidden, weight, ids, upstream = inputs(rows, valid, dtype)
+    hidden, ids, upstream = hidden[:num_tokens], ids[:num_tokens], upstream[:num_tokens]
     size, rank = (group.size(), group.rank()) if group else (1, 0)
     local = weight.chunk(size)[rank].contiguous().requires_grad_()
     hidden.requires_grad_()
@@ -121,6 +126,9 @@ def worker(rank: int, directory: str) -> None:
                     results[size, rows, valid, dtype] = run(rows, valid, dtype, group)
                 results["calls", size, rows, valid, dtype] = counted.calls
         results["refusal", size] = refusals(group)
+    with CountedCollectives() as counted:
+        results["no token"] = run(32, 32, torch.float32, groups[4], num_tokens=0)
+    results["calls without token"] = counted.calls
     with CountedCollectives() as counted, torch.no_grad():
         hidden, weight, ids, _ = inputs(32, 32, torch.float32)
         linear_logprob(
@@ -196,6 +204,13 @@ def test_one_collective_each_way(by_rank: list[dict[Any, Any]]) -> None:
         assert len(calls) == 12
         assert all(c == {"all_gather_into_tensor": 1, "all_reduce": 1} for c in calls)
         assert results["scoring calls"] == {"all_gather_into_tensor": 1}
+
+
+def test_no_token_needs_no_collective(by_rank: list[dict[Any, Any]]) -> None:
+    for results in by_rank:
+        assert results["calls without token"] == {}
+        assert results["no token"]["logprobs"].shape == (0,)
+        assert torch.equal(results["no token"]["grad_weight"], torch.zeros(8, SIZE))
 
 
 def test_shard_at_the_wrong_place_is_refused(by_rank: list[dict[Any, Any]]) -> None:

@@ -28,7 +28,7 @@ from tests.buffer_world import World, make_prompts, piece, response
 
 ACTORS = ("a", "b", "c")
 LIMITS = settings(
-    max_examples=120,
+    max_examples=80,
     stateful_step_count=60,
     deadline=None,
     derandomize=True,
@@ -300,7 +300,7 @@ def _forget_the_prompt(self: desk.Desk, group: Group, state: Any) -> None:
 
 def _count_without_event(self: desk.Desk, lease: LeaseRecord, cause: Any) -> None:
     self.book.apply(desk.ev.LeaseEnded(lease_id=lease.lease_id, cause=cause))
-    self.deadlines.pop(lease.lease_id, None)
+    self.forget_deadline(lease)
 
 
 def _never_too_old(_: Any, __: int) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -159,6 +161,30 @@ def test_close_ends_a_hanging_worker(open_pool: Open) -> None:
     pool.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_workers_die_with_an_actor_that_is_killed(open_pool: Open) -> None:
+    open_pool("moody")  # puts the scorers on PYTHONPATH
+    program = (
+        "import time\n"
+        "from dapo_hpc.config import RewardSection\n"
+        "from dapo_hpc.reward.pool import ScoringPool\n"
+        "pool = ScoringPool(RewardSection(scorer='scorers_under_test:moody'), print)\n"
+        "pool.submit('slow', 'hang', '')\n"
+        "while pool._workers[0].job is None: time.sleep(0.01)\n"
+        "print(pool._workers[0].process.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    words = [sys.executable, "-c", program]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as actor:
+        assert actor.stdout is not None
+        pid = int(actor.stdout.readline())
+        os.kill(pid, 0)
+        actor.kill()
+    deadline_s = time.monotonic() + LIMIT_S
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def test_workers_that_never_start_stop_the_pool_with_a_reason(open_pool: Open) -> None:

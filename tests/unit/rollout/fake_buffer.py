@@ -19,7 +19,8 @@ from dapo_hpc.buffer.messages import (
 )
 from dapo_hpc.records import Lease, LeaseKind, PartialResponse, PolicyVersion, Prompt, Response
 
-LIMIT_S = 30.0
+LIMIT_S = 60.0
+V0, V1 = PolicyVersion(step=0, lineage=1), PolicyVersion(step=1, lineage=1)
 
 
 def empty_prefix(index: int) -> PartialResponse:

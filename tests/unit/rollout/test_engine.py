@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from reference import reference_logprobs
 
+from dapo_hpc.config import RunConfig
 from dapo_hpc.rollout import engine as engine_module
 from dapo_hpc.rollout.engine import (
     PROBE_PLACES,
@@ -16,6 +17,7 @@ from dapo_hpc.rollout.engine import (
     EngineFailed,
     Sampled,
     Sampling,
+    cpu_cache_bytes,
     end_tokens,
     installed_vllm,
 )
@@ -220,6 +222,16 @@ def test_a_prompt_without_room_for_a_token_is_refused(engine: Engine) -> None:
     with pytest.raises(ValueError, match="300 prompt tokens leave no room"):
         engine.add("r", [1] * 300, Sampling(max_tokens=1, temperature=1.0))
     assert not engine.has_work
+
+
+def test_the_cpu_cache_is_no_larger_than_the_places_can_fill(
+    tiny_config: Callable[..., RunConfig],
+) -> None:
+    small = tiny_config(rollout={"max_sequences": 4, "max_response_tokens": 56})
+    # (4 + 8) places x 3 blocks of 128 tokens x (keys, values) x 2 layers x 1 head x 32 x 4 bytes
+    assert cpu_cache_bytes(small) == 12 * 3 * 128 * 2 * 2 * 32 * 4
+    large = tiny_config(rollout={"max_sequences": 4096, "max_response_tokens": 20000})
+    assert cpu_cache_bytes(large) == 2**30
 
 
 def test_end_tokens_come_from_the_generation_config_and_the_tokenizer(

@@ -2,134 +2,32 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_buffer import FakeBuffer, make_lease
+from fake_buffer import V0, V1, FakeBuffer, make_lease
+from published import publish_model
 from reference import reference_logprobs
 
 from dapo_hpc.buffer.client import BufferUnreachable
-from dapo_hpc.config import RunConfig
 from dapo_hpc.records import Lease, PartialResponse, PolicyVersion, Response, VersionSpan
-from dapo_hpc.rollout import contact
-from dapo_hpc.rollout import loop as loop_module
 from dapo_hpc.rollout.engine import Engine, EngineFailed
-from dapo_hpc.rollout.loop import ActorLoop
 from dapo_hpc.rollout.probes import ProbeMismatch
-from dapo_hpc.weights.manifest import Probe, WeightMismatch
+from dapo_hpc.weights.manifest import WeightMismatch
 
 pytest.importorskip("vllm", reason="needs vLLM")
 
-V0, V1 = PolicyVersion(step=0, lineage=1), PolicyVersion(step=1, lineage=1)
 END = 12
 TOLERANCE = 1e-4
-SCORER = "def is_even(text, ground_truth):\n    return len(text) % 2 == 0\n"
-PROBE_TOKENS = [1, 10, 2, 11, 3]
 LONG = {"max_response_tokens": 300}
 """Hardly any response of the endless engine ends before a test interferes."""
 
-Start = Callable[..., "Actor"]
-
-
-class Actor:
-    """An ActorLoop in a thread, with what it raised."""
-
-    def __init__(self, loop: ActorLoop) -> None:
-        self.loop = loop
-        self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.loop.run()
-        except BaseException as error:  # handed to the test
-            self.error = error
-
-    def join(self) -> None:
-        self._thread.join(30)
-        assert not self._thread.is_alive(), "the actor did not end in time"
-
-    def end(self) -> None:
-        """As the test expects it: without an error."""
-        self.join()
-        assert self.error is None, self.error
-
-
-@pytest.fixture
-def buffer() -> FakeBuffer:
-    return FakeBuffer(newest=V0)
-
-
-@pytest.fixture
-def weights(tmp_path: Path, tiny_model: Path, other_model: Path) -> Path:
-    """weights/ with v0 (the tiny model) and v1 (the other one)."""
-    publish_model(tmp_path / "weights", V0, tiny_model)
-    publish_model(tmp_path / "weights", V1, other_model)
-    return tmp_path / "weights"
-
-
-def publish_model(weights: Path, version: PolicyVersion, model: Path, shift: float = 0.0) -> Path:
-    from safetensors.torch import load_file
-
-    from dapo_hpc.weights.publish import publish
-
-    weights.mkdir(exist_ok=True)
-    truth = reference_logprobs(model, PROBE_TOKENS[:1], PROBE_TOKENS[1:]) + shift
-    probe = Probe(token_ids=PROBE_TOKENS, logprobs=truth.tolist())
-    tensors = iter(load_file(model / "model.safetensors").items())
-    return publish(weights, version, tensors, [probe], model, 2**30)
-
-
-@pytest.fixture
-def start(
-    buffer: FakeBuffer,
-    engine: Engine,
-    weights: Path,
-    tiny_config: Callable[..., RunConfig],
-    tiny_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Start]:
-    """start(rollout={...}): an actor at work. It is drained when the test ends."""
-    from transformers import AutoTokenizer
-
-    (tmp_path / "scorer_under_test.py").write_text(SCORER)
-    path = [str(tmp_path), str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
-    for module in (contact, loop_module):
-        monkeypatch.setattr(module, "LONG_POLL_S", 0.5)
-    actors: list[Actor] = []
-
-    def make(**sections: dict[str, Any]) -> Actor:
-        reward = {"scorer": "scorer_under_test:is_even", "overlong_punishment": False}
-        sections.setdefault("reward", reward)
-        loop = ActorLoop(
-            name="actor-0",
-            config=tiny_config(**sections),
-            weights_dir=weights,
-            engine=engine,
-            tokenizer=AutoTokenizer.from_pretrained(tiny_model),
-            buffer=buffer,
-        )
-        actors.append(Actor(loop))
-        return actors[-1]
-
-    yield make
-    for actor in actors:
-        actor.loop.drain()
-        actor.join()
-
-
-@pytest.fixture
-def endless(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No end token ends a response."""
-    monkeypatch.setattr(engine, "end_tokens", ())
+Start = Callable[..., Any]
+"""The fixture of conftest.py: start(rollout={...}) returns an Actor."""
 
 
 def assert_sampled_by(response: Response, lease: Lease, model: Path) -> None:
@@ -339,6 +237,22 @@ def test_an_evaluation_lease_of_a_version_that_is_gone_is_handed_back(
     [release] = buffer.releases
     assert [lease.lease_id for lease in release.leases] == [1]
     assert not release.is_failure
+
+
+def test_a_prompt_the_engine_refuses_is_handed_back_as_a_failure(
+    start: Start, buffer: FakeBuffer
+) -> None:
+    too_long = make_lease(1, size=3)
+    prompt = replace(too_long.prompt, token_ids=np.ones(300, np.int32))
+    buffer.offered = [replace(too_long, prompt=prompt), make_lease(2)]
+    actor = start(rollout={"max_response_tokens": 20})
+    buffer.wait_for(lambda: len(buffer.responses()) == 4 and bool(buffer.releases))
+    buffer.say(is_done=True)
+    actor.end()
+    [release] = buffer.releases
+    assert release.is_failure
+    assert [lease.lease_id for lease in release.leases] == [1]
+    assert {lease_id for lease_id, _ in buffer.responses()} == {2}
 
 
 def test_a_failing_engine_hands_its_leases_back_as_failures(

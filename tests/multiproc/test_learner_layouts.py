@@ -1,0 +1,155 @@
+"""The same run on every parallel layout: two rollout steps over gloo against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+from dapo_hpc.learner import checkpoint
+from dapo_hpc.learner.parallel import Layout, connect, disconnect
+from dapo_hpc.learner.session import open_session
+from dapo_hpc.learner.train import train
+from dapo_hpc.run_dir import RunDir
+from tests.learner_parts import FakeBuffer, make_config, make_model
+
+MODELS = {"tied": ("qwen3", True), "biased": ("qwen2", False)}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    model: str
+    layout: Layout
+    sequence_parallel: bool = False
+
+
+SINGLE = [Case(f"single-{model}", model, Layout()) for model in MODELS]
+TWO = [
+    Case("tensor", "tied", Layout(tensor=2)),  # padded vocabulary, norms on q and k
+    Case("sequence", "biased", Layout(tensor=2), sequence_parallel=True),
+    Case("pipeline", "tied", Layout(pipeline=2)),  # embedding on both stages
+    Case("data", "biased", Layout(data=2)),
+]
+FOUR = [
+    Case("tensor-pipeline", "tied", Layout(tensor=2, pipeline=2)),
+    Case("sequence-data", "biased", Layout(tensor=2, data=2), sequence_parallel=True),
+    Case("pipeline-data", "biased", Layout(pipeline=2, data=2)),
+]
+RELATIVE = 2e-4
+"""Of loss and gradient norm: float32, summed in another order over another number of ranks."""
+
+
+def run_case(case: Case, rank: int, root: Path) -> None:
+    """Train two steps; the files of the run are the result."""
+    learner = {
+        "tensor_parallel": case.layout.tensor,
+        "pipeline_parallel": case.layout.pipeline,
+        "data_parallel": case.layout.data,
+        "sequence_parallel": case.sequence_parallel,
+        "micro_batch_tokens": 48,
+    }
+    run_section = {"name": case.name, "total_steps": 2}
+    config = make_config(root / case.model, root, learner=learner, run=run_section)
+    run = RunDir(config.run_dir)
+    here = connect(case.layout, rank, root / f"{case.name}.json")
+    if rank == 0:
+        run.root.mkdir()
+    here.barrier()
+    session = open_session(run, config, here, FakeBuffer())
+    train(session)
+    # Load what was just written, by all ranks together.
+    assert session.checkpoints.load_newest(session.policy, session.optimizer) is not None
+    session.export(run.root / "reloaded")
+    here.barrier()
+    disconnect()
+
+
+def worker(rank: int, cases: list[Case], root: str) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for case in cases:
+        if rank < case.layout.world:
+            run_case(case, rank, Path(root))
+
+
+def run_all(cases: list[Case], root: Path) -> None:
+    for name, (family, tied) in MODELS.items():
+        make_model(root / name, family, tied=tied)
+    world = max(case.layout.world for case in cases)
+    mp.spawn(worker, args=(SINGLE + cases, str(root)), nprocs=world)
+
+
+def rows(root: Path, name: str) -> list[dict[str, Any]]:
+    lines = (root / name / "metrics.jsonl").read_text().splitlines()
+    found = {row["step"]: row for row in map(json.loads, lines) if row["kind"] == "step"}
+    return [found[step] for step in (1, 2)]
+
+
+def check(case: Case, root: Path) -> None:
+    for found, expected in zip(
+        rows(root, case.name), rows(root, f"single-{case.model}"), strict=True
+    ):
+        for name in ("learner/loss", "learner/grad_norm", "learner/entropy", "mismatch/mean_diff"):
+            assert found[name] == pytest.approx(expected[name], rel=RELATIVE, abs=1e-6), name
+        assert found["learner/tokens"] == expected["learner/tokens"]
+        assert found["learner/first_ratio_max_diff"] == 0.0
+    mine = load_file(root / case.name / "model" / "model.safetensors")
+    single = load_file(root / f"single-{case.model}" / "model" / "model.safetensors")
+    start = load_file(root / case.model / "model.safetensors")
+    assert mine.keys() == single.keys()
+    for name, value in mine.items():
+        moved = (single[name] - start[name]).abs().mean()
+        assert (value - single[name]).abs().mean() < 0.01 * moved, name
+    reloaded = load_file(root / case.name / "reloaded" / "model.safetensors")
+    assert all(torch.equal(mine[name], reloaded[name]) for name in mine)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("layouts")
+    run_all(TWO, root)
+    return root
+
+
+@pytest.mark.parametrize("case", TWO, ids=lambda case: case.name)
+def test_two_ranks_train_as_one_does(case: Case, two_ranks: Path) -> None:
+    check(case, two_ranks)
+
+
+def test_another_batch_does_not_pass(two_ranks: Path) -> None:
+    """Negative control: what `check` compares does tell two trainings apart."""
+    first, second = rows(two_ranks, "single-tied")
+    assert first["learner/grad_norm"] != pytest.approx(second["learner/grad_norm"], rel=RELATIVE)
+
+
+@pytest.mark.parametrize("written_by", ["tensor", "pipeline"])
+def test_one_rank_reads_the_checkpoints_of_two(written_by: str, two_ranks: Path) -> None:
+    here = connect(Layout(), 0, None)
+    try:
+        config = make_config(two_ranks / "tied", two_ranks, run={"name": written_by})
+        run = RunDir(config.run_dir)
+        session = open_session(run, config, here, FakeBuffer())
+        progress = session.checkpoints.load_newest(session.policy, session.optimizer)
+        assert progress == checkpoint.Progress(step=2, lineage=1)
+        written = load_file(run.model / "model.safetensors")
+        for name, value in session.policy.export():
+            assert torch.equal(value, written[name]), name
+    finally:
+        disconnect()
+
+
+@pytest.mark.slow
+def test_four_ranks_train_as_one_does(tmp_path: Path) -> None:
+    run_all(FOUR, tmp_path)
+    for case in FOUR:
+        check(case, tmp_path)
