@@ -191,7 +191,10 @@ class OptimizerSection(Section):
     lr: PositiveFloat = 1e-6
     """Source: DAPO, section 4.1."""
     warmup_steps: NonNegative = 20
-    """Rollout steps; step k (from 1) trains at lr * min(1, k / warmup_steps)."""
+    """Rollout steps; step k (from 1) trains at lr * min(1, (k - 1 + first) / warmup_steps) with
+    first = first_warmup_step."""
+    first_warmup_step: Literal[0, 1] = 1
+    """0: the first step of a warm-up has learning rate 0. Source: verl's scheduler."""
     weight_decay: NonNegativeFloat = 0.1
     """Not applied to norms and biases. Source: verl's DAPO recipe."""
     beta1: Fraction = 0.9
@@ -277,6 +280,7 @@ Profile = Literal["paper", "verl", "default"]
 PROFILES: dict[Profile, dict[str, Any]] = {
     "paper": {
         "optimizer.warmup_steps": 20,
+        "optimizer.first_warmup_step": 1,
         "loss.dual_clip": 0.0,
         "loss.normalization": "per_prompt",
         "loss.importance_sampling": "off",
@@ -285,6 +289,7 @@ PROFILES: dict[Profile, dict[str, Any]] = {
     },
     "verl": {
         "optimizer.warmup_steps": 10,
+        "optimizer.first_warmup_step": 0,
         "loss.dual_clip": 10.0,
         "loss.normalization": "global_tokens",
         "loss.importance_sampling": "off",
@@ -293,6 +298,7 @@ PROFILES: dict[Profile, dict[str, Any]] = {
     },
     "default": {
         "optimizer.warmup_steps": 20,
+        "optimizer.first_warmup_step": 1,
         "loss.dual_clip": 0.0,
         "loss.normalization": "global_tokens",
         "loss.importance_sampling": "token",

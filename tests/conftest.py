@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Before anything imports torch: engines in threads of one process must agree on it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 CHARACTERS = "0123456789+=$.ab"
 """One token each; '$' ends a response, '.' pads."""

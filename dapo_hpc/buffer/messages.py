@@ -106,13 +106,14 @@ class SubmitRequest:
     responses: list[Response]
 
 
-Verdict = Literal["stored", "duplicate", "fenced"]
+Verdict = Literal["stored", "fenced"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubmitReply:
     verdicts: list[Verdict]
-    """One for each response. 'fenced': the index was leased anew; drop it."""
+    """One for each response. 'stored': it is on disk, now or from an earlier try. 'fenced': the
+    index was leased anew, or its group was given up; drop it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,8 +31,10 @@ from dapo_hpc.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
-DRAIN_S = 2
-"""For requests in flight after SIGTERM; also for clients that do not answer the end of TLS."""
+DRAIN_S = 5
+"""For requests in flight after SIGTERM."""
+FLUSH_S = 0.2
+"""For the last bytes of the last answers."""
 
 BACKLOG = 2048
 """Connections that wait until the service takes them."""
@@ -165,6 +167,20 @@ class _Server(uvicorn.Server):
 
     def _stop_before_serving(self, _: int, __: object) -> None:
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        hurry = asyncio.create_task(self._drop_idle())
+        await super().shutdown(sockets)
+        hurry.cancel()
+
+    async def _drop_idle(self) -> None:
+        """A client that is idle does not read, so it never answers the end of TLS: do not wait."""
+        while True:
+            is_answered = not self.server_state.tasks
+            await asyncio.sleep(FLUSH_S)
+            if is_answered:
+                for connection in list(self.server_state.connections):
+                    connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: object) -> None:
         self._on_exit()

@@ -169,7 +169,7 @@ class Writer(threading.Thread):
                     self._commit(jobs)
                 for job in jobs:
                     job.done()
-        except Exception as error:  # noqa: BLE001 - the top of a thread: the process must not go on
+        except Exception as error:  # the top of a thread: the process must not go on
             self._on_fatal(error)
 
     def _next_group(self) -> list[Job]:

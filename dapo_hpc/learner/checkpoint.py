@@ -157,18 +157,20 @@ class Checkpoints:
         return None
 
     def _finish(self, temporary: Path, final: Path) -> None:
-        self._processes.barrier()
-        if self._processes.rank == 0:
-            names = sorted(path.name for path in temporary.iterdir())
-            write_json(temporary / FILES, {name: _digest(temporary / name) for name in names})
-            for name in names:
-                _fsync(temporary / name)
+        """Digest and make durable, each rank a share of the files; then rank 0 renames."""
+        here = self._processes
+        here.barrier()
+        names = sorted(path.name for path in temporary.iterdir())
+        mine = {name: _settled(temporary / name) for name in names[here.rank :: here.world]}
+        digests = here.gather(mine)
+        if here.rank == 0:
+            write_json(temporary / FILES, digests)
             fsync_directory(temporary)
             shutil.rmtree(final, ignore_errors=True)  # of an abandoned lineage
             os.rename(temporary, final)
             write_text(self._directory / LATEST, final.name + "\n")
             self._retire(int(final.name.removeprefix("step_")))
-        self._processes.barrier()
+        here.barrier()
 
     def _retire(self, newest: int) -> None:
         """Keep the newest; delete older ones and those of an abandoned future."""
@@ -235,12 +237,15 @@ def _write_files(
     results.put(written)
 
 
+def _settled(path: Path) -> list[int | str]:
+    """Make a file durable; its digest."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return _digest(path)
+
+
 def _digest(path: Path) -> list[int | str]:
+    """Bytes and sha256."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return [path.stat().st_size, digest]
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -113,6 +113,13 @@ class Processes:
         """True on every rank if it is True on any."""
         return bool(self.max_over_ranks(torch.tensor([float(flag)]))[0] > 0)
 
+    def gather(self, mine: dict[str, Any]) -> dict[str, Any]:
+        """The entries of all ranks, on every rank."""
+        tables: list[Any] = [mine] * self.world
+        if self.world > 1:
+            dist.all_gather_object(tables, mine)
+        return {name: value for table in tables for name, value in table.items()}
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

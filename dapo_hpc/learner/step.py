@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dapo_hpc.config import LossSection
+from dapo_hpc.config import LossSection, OptimizerSection
 from dapo_hpc.learner.batch import Micro, TrainBatch, build, fetch_groups
 from dapo_hpc.learner.correction import Mismatch, importance_weights, measure_mismatch
 from dapo_hpc.learner.forward import forward_backward, log_probs
@@ -57,7 +57,7 @@ def rollout_step(session: Session, step: int) -> dict[str, float]:
     check_mismatch(scored.mismatch, config.loss, step)
     clock.lap("score")
 
-    lr = learning_rate(config.optimizer.lr, config.optimizer.warmup_steps, step)
+    lr = learning_rate(config.optimizer, step)
     figures = UpdateFigures(here.device)
     for mini_batch in batch.mini_batches:
         update(session, mini_batch, lr, figures)
@@ -84,9 +84,15 @@ def rollout_step(session: Session, step: int) -> dict[str, float]:
     return row
 
 
-def learning_rate(lr: float, warmup_steps: int, step: int) -> float:
-    """lr * min(1, step / warmup_steps) for rollout step `step` (from 1), all its updates alike."""
-    return lr * min(1.0, step / warmup_steps) if warmup_steps else lr
+def learning_rate(optimizer: OptimizerSection, step: int) -> float:
+    """Of rollout step `step` (from 1), all its updates alike: linear warm-up, then constant.
+
+    Source: DAPO, section 4.1; where the warm-up starts is optimizer.first_warmup_step.
+    """
+    if not optimizer.warmup_steps:
+        return optimizer.lr
+    done = step - 1 + optimizer.first_warmup_step
+    return optimizer.lr * min(1.0, done / optimizer.warmup_steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 
 from dapo_hpc.config import RunConfig
 from dapo_hpc.run_dir import RunDir
@@ -17,6 +18,9 @@ def main(run: RunDir, config: RunConfig, rank: int, world: int) -> int:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # Megatron tells at length which optional libraries it does not find.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.simplefilter("ignore", FutureWarning)
 
     from dapo_hpc.buffer.client import BufferClient
     from dapo_hpc.learner.parallel import Layout, connect

@@ -532,6 +532,8 @@ def test_finish_tells_everybody(world: World) -> None:
     assert not world.core.is_everyone_told(world.now)
     assert world.ask("a", V0).is_done
     assert world.core.is_everyone_told(world.now)
+    world.start(0)
+    assert not world.ask("a", V0).is_done, "a learner that registers again goes on"
 
 
 def test_the_last_step_is_the_last() -> None:

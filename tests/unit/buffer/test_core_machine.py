@@ -28,7 +28,7 @@ from tests.buffer_world import World, make_prompts, piece, response
 
 ACTORS = ("a", "b", "c")
 LIMITS = settings(
-    max_examples=80,
+    max_examples=200,
     stateful_step_count=60,
     deadline=None,
     derandomize=True,
@@ -45,6 +45,7 @@ class BufferMachine(RuleBasedStateMachine):
         is_filtered=st.sampled_from([True, True, False]),
         num_prompts=st.sampled_from([3, 5, 30]),
         is_evaluated=st.booleans(),
+        total_steps=st.sampled_from([4, 1000, 1000]),
     )
     def begin(
         self,
@@ -53,12 +54,14 @@ class BufferMachine(RuleBasedStateMachine):
         is_filtered: bool,
         num_prompts: int,
         is_evaluated: bool,
+        total_steps: int,
     ) -> None:
         self.world = World(
             make_prompts(num_prompts),
             max_staleness=staleness,
             on_exhausted=on_exhausted,
             dynamic_sampling=is_filtered,
+            total_steps=total_steps,
         )
         self.leases: list[tuple[str, Lease, PolicyVersion]] = []
         self.holder: dict[int, int] = {}
@@ -176,6 +179,8 @@ class BufferMachine(RuleBasedStateMachine):
     @rule()
     def take_and_train(self) -> None:
         step = self.trained + 1
+        if step > self.world.settings.total_steps:
+            return
         reply = self.world.take(step)
         if reply.groups is None:
             assert step not in self.batches, "a batch once taken is there again"
@@ -201,7 +206,7 @@ class BufferMachine(RuleBasedStateMachine):
         self.version = self.world.start(step)
         self.trained = step
         with pytest.raises(LineageFenced):
-            self.world.take(step + 1, lineage=old)
+            self.world.take(step, lineage=old)
 
     @rule()
     def crash(self) -> None:
@@ -321,5 +326,5 @@ def test_planted_bug_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None
     owner, name, wrong = PLANTED[bug]
     monkeypatch.setattr(owner, name, wrong)
     limits = settings(LIMITS, max_examples=400, phases=[Phase.generate], print_blob=False)
-    with pytest.raises((AssertionError, KeyError, ValueError, ExceptionGroup)):
+    with pytest.raises((AssertionError, ExceptionGroup)):
         run(BufferMachine, limits)

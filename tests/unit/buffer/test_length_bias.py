@@ -20,8 +20,8 @@ ROOM = 0.12
 def mean_lengths(*, is_preempted: bool) -> tuple[float, float]:
     """(used, dispatched) mean tokens when short responses finish first.
 
-    The length is drawn anew with each dispatch, as sampling does. With preemption an actor is lost now and then; the next
-    one goes on with the tokens that were reported.
+    The length is drawn anew with each dispatch, as sampling does. With preemption an actor is lost
+    now and then, a long response more often; the next one goes on with the same group.
     """
     world = World(make_prompts(5000), prompts_per_step=GROUPS, total_steps=NUM_STEPS + 1)
     world.start()

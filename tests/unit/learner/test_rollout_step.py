@@ -15,7 +15,7 @@ pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
 import torch
 
-from dapo_hpc.config import RunConfig
+from dapo_hpc.config import OptimizerSection, RunConfig
 from dapo_hpc.learner.parallel import Processes
 from dapo_hpc.learner.session import Session, open_session
 from dapo_hpc.learner.step import MismatchTooLarge, learning_rate, rollout_step
@@ -189,5 +189,11 @@ def test_a_mismatch_warns_and_then_stops_before_any_update(
 
 
 def test_learning_rate_rises_by_rollout_step() -> None:
-    assert [learning_rate(1.0, 4, step) for step in (1, 2, 4, 9)] == [0.25, 0.5, 1.0, 1.0]
-    assert learning_rate(1.0, 0, 1) == 1.0
+    section = OptimizerSection(lr=1.0, warmup_steps=4)
+    assert [learning_rate(section, step) for step in (1, 2, 4, 9)] == [0.25, 0.5, 1.0, 1.0]
+    assert learning_rate(OptimizerSection(lr=1.0, warmup_steps=0), 1) == 1.0
+
+
+def test_verl_profile_starts_its_warm_up_at_zero() -> None:
+    section = OptimizerSection(lr=1.0, warmup_steps=4, first_warmup_step=0)
+    assert [learning_rate(section, step) for step in (1, 2, 5, 9)] == [0.0, 0.25, 1.0, 1.0]
