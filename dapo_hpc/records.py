@@ -34,7 +34,9 @@ class PolicyVersion:
         """The inverse of `name`. Raises ValueError for any other text."""
         head, separator, tail = name.partition("-l")
         if not (separator and head[:1] == "v" and head[1:].isdigit() and tail.isdigit()):
-            raise ValueError(f"{name!r} is not a policy version; expected a name like v000012-l001.")
+            raise ValueError(
+                f"{name!r} is not a policy version; expected a name like v000012-l001."
+            )
         return cls(step=int(head[1:]), lineage=int(tail))
 
 

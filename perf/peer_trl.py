@@ -57,9 +57,7 @@ def main() -> None:
         ended = tokenizer.eos_token_id in token_ids
         return ended and score(tokenizer.decode(token_ids, skip_special_tokens=True), answer)
 
-    def reward(
-        completion_ids: list[list[int]], answer: list[str], **_: object
-    ) -> list[float]:
+    def reward(completion_ids: list[list[int]], answer: list[str], **_: object) -> list[float]:
         pairs = zip(completion_ids, answer, strict=True)
         return [1.0 if is_correct(ids, key) else -1.0 for ids, key in pairs]
 
@@ -81,7 +79,8 @@ def main() -> None:
                 max_new_tokens=40,
             )[:, encoded["input_ids"].shape[1] :]
             correct += sum(
-                is_correct(ids, r["answer"]) for ids, r in zip(output.tolist(), heldout, strict=True)
+                is_correct(ids, r["answer"])
+                for ids, r in zip(output.tolist(), heldout, strict=True)
             )
             total += len(heldout)
         model.train()

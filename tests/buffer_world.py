@@ -53,6 +53,11 @@ def make_prompts(num_train: int = 6, num_eval: int = 2, seed: int = 0) -> Prompt
     )
 
 
+def submission(lease_id: int, responses: Sequence[Response], actor: str = "a") -> msg.SubmitRequest:
+    finished = msg.LeaseResponses(lease_id=lease_id, responses=list(responses))
+    return msg.SubmitRequest(actor=actor, leases=[finished], stats=msg.ActorStats())
+
+
 def response(
     index: int,
     version: PolicyVersion,
@@ -192,8 +197,8 @@ class World:
     def submit(
         self, lease_id: int, responses: Sequence[Response], actor: str = "a"
     ) -> list[msg.Verdict]:
-        request = msg.SubmitRequest(actor=actor, lease_id=lease_id, responses=list(responses))
-        verdicts = self.core.submit(request, self.now).verdicts
+        request = submission(lease_id, responses, actor)
+        verdicts = self.core.submit(request, self.now).verdicts[0]
         self.flush()
         return verdicts
 

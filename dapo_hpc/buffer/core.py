@@ -129,7 +129,10 @@ class Core:
         return HeartbeatReply(lost=lost, abort=abort, newest=newest, is_done=view.is_told_done)
 
     def submit(self, request: SubmitRequest, now: float) -> SubmitReply:
-        verdicts = intake.submit(self.desk, request, now)
+        """Store what each lease finished. Raises ValueError for a mistake in one of them; those
+        before it are stored."""
+        self.desk.fleet.worked(request.actor, request.stats, now)
+        verdicts = [intake.submit(self.desk, request.actor, part, now) for part in request.leases]
         self.tick(now)
         return SubmitReply(verdicts=verdicts)
 

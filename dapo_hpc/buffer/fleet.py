@@ -43,6 +43,11 @@ class Fleet:
         view.last_heard_s = now
         return view
 
+    def worked(self, name: str, stats: ActorStats, now: float) -> None:
+        """Note newer figures of an actor that does not say which weights it holds."""
+        view = self.views.get(name)
+        self.heard(name, view.version if view else None, stats, now)
+
     def alive(self, now: float) -> list[ActorView]:
         """Actors heard from within a lease time."""
         return [v for v in self.views.values() if now - v.last_heard_s <= self._lease_s]

@@ -22,8 +22,8 @@ from dapo_hpc.buffer.group import (
 from dapo_hpc.buffer.messages import (
     HeartbeatRequest,
     LeaseProgress,
+    LeaseResponses,
     ReleaseRequest,
-    SubmitRequest,
     Verdict,
     encode,
 )
@@ -69,30 +69,30 @@ def release(desk: Desk, request: ReleaseRequest) -> None:
             )
 
 
-def submit(desk: Desk, request: SubmitRequest, now: float) -> list[Verdict]:
-    """Store finished responses; safe to repeat. Nothing is stored when anything is wrong.
+def submit(desk: Desk, actor: str, finished: LeaseResponses, now: float) -> list[Verdict]:
+    """Store finished responses of a lease; safe to repeat. Nothing is stored if any is wrong.
 
     Raises:
         ValueError: foreign lease or index, malformed content, or other content for a stored
             index; a bug in the actor, do not retry.
     """
-    lease = _lease_of(desk, request)
+    lease = _lease_of(desk, actor, finished.lease_id)
     if lease is None:
-        return ["fenced"] * len(request.responses)
+        return ["fenced"] * len(finished.responses)
     group = desk.book.state.groups[lease.group_id]
-    digests = [_checked(desk, lease, response) for response in request.responses]
-    if len({r.index for r in request.responses}) != len(request.responses):
+    digests = [_checked(desk, lease, response) for response in finished.responses]
+    if len({r.index for r in finished.responses}) != len(finished.responses):
         raise ValueError(f"lease {lease.lease_id}: a submit names a response index twice.")
     verdicts = [
         _verdict(desk, lease, group, response, sha256)
-        for response, (_, sha256) in zip(request.responses, digests, strict=True)
+        for response, (_, sha256) in zip(finished.responses, digests, strict=True)
     ]
     fresh = [
         _stored(desk, lease, group, response, *digest)
-        for response, digest, verdict in zip(request.responses, digests, verdicts, strict=True)
+        for response, digest, verdict in zip(finished.responses, digests, verdicts, strict=True)
         if verdict == "stored" and response.index not in group.responses
     ]
-    fenced = [r for r, v in zip(request.responses, verdicts, strict=True) if v == "fenced"]
+    fenced = [r for r, v in zip(finished.responses, verdicts, strict=True) if v == "fenced"]
     if lease.state == "live":
         desk.extend(lease, now)
     if fresh:
@@ -101,16 +101,16 @@ def submit(desk: Desk, request: SubmitRequest, now: float) -> list[Verdict]:
     return verdicts
 
 
-def _lease_of(desk: Desk, request: SubmitRequest) -> LeaseRecord | None:
+def _lease_of(desk: Desk, actor: str, lease_id: int) -> LeaseRecord | None:
     """None: a lease so old that its group is forgotten."""
-    lease = desk.book.state.leases.get(request.lease_id)
+    lease = desk.book.state.leases.get(lease_id)
     if lease is None:
-        if request.lease_id >= desk.book.state.next_lease_id:
-            raise ValueError(f"lease {request.lease_id} was never handed out by this buffer.")
+        if lease_id >= desk.book.state.next_lease_id:
+            raise ValueError(f"lease {lease_id} was never handed out by this buffer.")
         return None
-    if lease.actor != request.actor:
+    if lease.actor != actor:
         raise ValueError(
-            f"lease {lease.lease_id} belongs to {lease.actor}, but {request.actor} submits for it."
+            f"lease {lease.lease_id} belongs to {lease.actor}, but {actor} submits for it."
         )
     return lease
 

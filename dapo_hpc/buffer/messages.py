@@ -100,10 +100,18 @@ class HeartbeatReply:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SubmitRequest:
-    actor: str
+class LeaseResponses:
+    """Finished responses of one lease."""
+
     lease_id: int
     responses: list[Response]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmitRequest:
+    actor: str
+    leases: list[LeaseResponses]
+    stats: ActorStats
 
 
 Verdict = Literal["stored", "fenced"]
@@ -111,9 +119,9 @@ Verdict = Literal["stored", "fenced"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubmitReply:
-    verdicts: list[Verdict]
-    """One for each response. 'stored': it is on disk, now or from an earlier try. 'fenced': the
-    index was leased anew, or its group was given up; drop it."""
+    verdicts: list[list[Verdict]]
+    """For each lease, one for each response. 'stored': it is on disk, now or from an earlier try.
+    'fenced': the index was leased anew, or its group was given up; drop it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

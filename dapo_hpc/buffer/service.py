@@ -129,7 +129,12 @@ class Service:
 
     async def _submit(self, request: Request) -> Response:
         asked = await _read(request, msg.SubmitRequest)
-        return await self._reply(self._core.submit(asked, self._clock()))
+        try:
+            reply = self._core.submit(asked, self._clock())
+        finally:
+            _, written = self._hand_over()
+        await written
+        return _packed(reply)
 
     async def _release(self, request: Request) -> Response:
         asked = await _read(request, msg.ReleaseRequest)

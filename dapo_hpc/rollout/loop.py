@@ -21,6 +21,7 @@ from dapo_hpc.buffer.messages import (
     ActorStats,
     HeartbeatRequest,
     LeaseRequest,
+    LeaseResponses,
     ReleaseRequest,
     SubmitRequest,
 )
@@ -279,13 +280,15 @@ class ActorLoop:
             is_verifier_timeout=verdict.is_timeout,
         )
 
-    def _submit(self, lease_id: int, responses: list[Response]) -> None:
-        """In a sender's thread."""
-        request = SubmitRequest(actor=self._name, lease_id=lease_id, responses=responses)
-        reply = self._buffer.submit(request)
-        self._table.finish(lease_id, [response.index for response in responses])
-        if "fenced" in reply.verdicts:
-            self._mail.put(News(dropped=(lease_id,)))
+    def _submit(self, finished: list[LeaseResponses]) -> None:
+        """In the sender's thread."""
+        reply = self._buffer.submit(
+            SubmitRequest(actor=self._name, leases=finished, stats=self._stats())
+        )
+        for part, verdicts in zip(finished, reply.verdicts, strict=True):
+            self._table.finish(part.lease_id, [response.index for response in part.responses])
+            if "fenced" in verdicts:
+                self._mail.put(News(dropped=(part.lease_id,)))
 
     # ---- handing back ---------------------------------------------------------------------
 

@@ -5,78 +5,64 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
+from dapo_hpc.buffer.messages import LeaseResponses
 from dapo_hpc.records import Response
 
 GATHER_S = 0.1
-"""Responses of one lease that end within this time travel together. A small model ends hundreds in
-a second; with half this time, the requests cost a tenth of its processor time."""
-NUM_REQUESTS = 8
-"""At a time; each waits for the buffer's disk, and many leases end together."""
-
-
-@dataclass(slots=True)
-class _Parcel:
-    due_s: float
-    responses: list[Response] = field(default_factory=list)
+"""What ends within this time travels together. A small model ends hundreds in a second; one request
+for each would cost more processor time than sampling them."""
+GATHER_LAST_S = 0.02
+"""The same from the last response of a lease on: a batch may be waiting for it."""
 
 
 class Sender:
-    """Gathers responses by lease and calls `submit` from threads of its own.
+    """Gathers responses and calls `submit` from a thread of its own.
 
-    `submit(lease_id, responses)` itself retries; what it raises goes to `on_failure`.
+    While a request is under way the next one gathers. `submit` itself retries; what it raises goes
+    to `on_failure`, and nothing is sent after that.
     """
 
     def __init__(
         self,
-        submit: Callable[[int, list[Response]], None],
+        submit: Callable[[list[LeaseResponses]], None],
         on_failure: Callable[[BaseException], None],
     ) -> None:
         self._submit, self._on_failure = submit, on_failure
-        self._parcels: dict[int, _Parcel] = {}
+        self._gathered: dict[int, list[Response]] = {}
+        self._due_s = 0.0
         self._is_closed = False
         self._changed = threading.Condition()
-        self._executor = ThreadPoolExecutor(NUM_REQUESTS, thread_name_prefix="submit")
         threading.Thread(target=self._run, name="sender", daemon=True).start()
 
     def add(self, lease_id: int, response: Response, *, is_last: bool) -> None:
-        """Send soon; at once when it is the last of its lease."""
+        """Send soon; sooner when it is the last of its lease."""
+        due_s = time.monotonic() + (GATHER_LAST_S if is_last else GATHER_S)
         with self._changed:
-            parcel = self._parcels.setdefault(lease_id, _Parcel(time.monotonic() + GATHER_S))
-            parcel.responses.append(response)
-            if is_last:
-                parcel.due_s = 0.0
-            self._changed.notify_all()
+            self._due_s = min(self._due_s, due_s) if self._gathered else due_s
+            self._gathered.setdefault(lease_id, []).append(response)
+            self._changed.notify()
 
     def close(self) -> None:
         """Stop; what is not delivered yet is forgotten."""
         with self._changed:
             self._is_closed = True
-            self._changed.notify_all()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+            self._changed.notify()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                if self._is_closed:
-                    return
-                now_s = time.monotonic()
-                due = [k for k, parcel in self._parcels.items() if parcel.due_s <= now_s]
-                for lease_id in due:
-                    responses = self._parcels.pop(lease_id).responses
-                    self._executor.submit(self._deliver, lease_id, responses)
-                if not due:
-                    self._changed.wait(self._next_due_in_s(now_s))
-
-    def _next_due_in_s(self, now_s: float) -> float | None:
-        if not self._parcels:
-            return None
-        return max(0.0, min(parcel.due_s for parcel in self._parcels.values()) - now_s)
-
-    def _deliver(self, lease_id: int, responses: list[Response]) -> None:
         try:
-            self._submit(lease_id, responses)
+            while finished := self._next():
+                self._submit(finished)
         except BaseException as error:  # the engine's thread raises it
             self._on_failure(error)
+
+    def _next(self) -> list[LeaseResponses]:
+        """Wait until something is due; nothing: closed."""
+        with self._changed:
+            while not self._is_closed:
+                left_s = self._due_s - time.monotonic()
+                if self._gathered and left_s <= 0:
+                    gathered, self._gathered = self._gathered, {}
+                    return [LeaseResponses(lease_id=k, responses=v) for k, v in gathered.items()]
+                self._changed.wait(left_s if self._gathered else None)
+        return []

@@ -20,7 +20,7 @@ from dapo_hpc.buffer.owner import inherit_ledger, take_ownership
 from dapo_hpc.buffer.server import replay
 from dapo_hpc.records import Lease, PolicyVersion
 from tests.buffer_process import BufferProcess, client_of, make_run
-from tests.buffer_world import piece, response
+from tests.buffer_world import piece, response, submission
 
 NUM_KILLS = 4
 NUM_ACTORS = 3
@@ -81,8 +81,8 @@ class Actor:
                 num_tokens=draw.randint(5, 2000),
                 prefix=part,
             )
-            submit = msg.SubmitRequest(actor=self.name, lease_id=lease.lease_id, responses=[done])
-            if self.client.submit(submit).verdicts == ["stored"] and lease.kind == "train":
+            verdicts = self.client.submit(submission(lease.lease_id, [done], self.name)).verdicts
+            if verdicts == [["stored"]] and lease.kind == "train":
                 digest = hashlib.sha256(msg.encode(done)).hexdigest()
                 self.acked[lease.group_id, part.index] = digest
 

@@ -16,6 +16,7 @@ from dapo_hpc.run_dir import RunDir
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs" / "demo.toml"
 
+
 def dapo(*words: str, **options: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "dapo_hpc.cli", *words]
     return subprocess.Popen(command, cwd=ROOT, text=True, **options)  # type: ignore[call-overload, no-any-return]

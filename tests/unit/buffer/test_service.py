@@ -22,7 +22,7 @@ from dapo_hpc.buffer.owner import take_ownership
 from dapo_hpc.records import Lease, PolicyVersion
 from dapo_hpc.run_dir import RunDir
 from tests.buffer_process import BufferProcess, client_of, make_run
-from tests.buffer_world import response
+from tests.buffer_world import response, submission
 
 WAKE_S = 1.0
 """A waiting request answers within this after its cause, on a busy machine; it waits for 30 s."""
@@ -45,8 +45,7 @@ def answer(client: BufferClient, lease: Lease, version: PolicyVersion) -> list[m
         response(part.index, version, is_correct=part.index == 0, num_tokens=4)
         for part in lease.missing
     ]
-    submit = msg.SubmitRequest(actor="a", lease_id=lease.lease_id, responses=responses)
-    return client.submit(submit).verdicts
+    return client.submit(submission(lease.lease_id, responses)).verdicts[0]
 
 
 def fill(client: BufferClient, version: PolicyVersion, step: int) -> msg.TakeReply:
@@ -160,7 +159,7 @@ def test_secrets_are_private_and_created_once(tmp_path: Path) -> None:
 def test_mistakes_of_the_caller_are_sentences(shared_buffer: BufferProcess) -> None:
     client = client_of(shared_buffer.run)
     with pytest.raises(ValueError, match="never handed out"):
-        client.submit(msg.SubmitRequest(actor="a", lease_id=99, responses=[]))
+        client.submit(submission(99, []))
     assert (
         "not a RegisterRequest"
         in raw(shared_buffer.run, auth.token(shared_buffer.run), "register").text

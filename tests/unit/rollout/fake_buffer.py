@@ -101,7 +101,7 @@ class FakeBuffer:
                 raise self.fails_next.pop(0)
             self.submits.append(request)
             self.changed.notify_all()
-        return SubmitReply(verdicts=["stored"] * len(request.responses))
+        return SubmitReply(verdicts=[["stored"] * len(part.responses) for part in request.leases])
 
     def release(self, request: ReleaseRequest) -> None:
         with self.changed:
@@ -126,9 +126,9 @@ class FakeBuffer:
     def responses(self) -> dict[tuple[int, int], Response]:
         """All submitted, by (lease, index); a repeated one is an error."""
         found: dict[tuple[int, int], Response] = {}
-        for request in self.submits:
-            for response in request.responses:
-                key = (request.lease_id, response.index)
+        for part in (part for request in self.submits for part in request.leases):
+            for response in part.responses:
+                key = (part.lease_id, response.index)
                 assert key not in found, f"{key} was submitted twice"
                 found[key] = response
         return found
