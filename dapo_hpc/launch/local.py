@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -69,8 +69,7 @@ class Fleet:
     def run(self) -> int:
         """Start everything and watch. Returns COMPLETE, FAILED or INTERRUPTED; nothing is left."""
         try:
-            for unit in self.policy.sizes:
-                self._start(unit)
+            self._start_units_after("")
             return self._watch()
         finally:
             for process in self._live.values():
@@ -103,6 +102,8 @@ class Fleet:
         cause = message_of(last_line(command.log))
         ended = Exit(unit=command.unit, process=name, code=code)
         decision = self.policy.decide(ended, is_complete=self.is_complete())
+        if command.unit in self.policy.preparing and decision == "wait":
+            self._start_units_after(command.unit)
         if isinstance(decision, Finish):
             self._leave()
             return COMPLETE
@@ -120,6 +121,10 @@ class Fleet:
         self._due_s[decision.unit] = time.monotonic() + decision.delay_s
         limit = self.policy.max_restarts
         self.view.say(f"{what}\n  restart {decision.number} of {limit} in {decision.delay_s:.0f} s")
+
+    def _start_units_after(self, prepared: str) -> None:
+        for unit in dict.fromkeys(c.unit for c in self.commands if c.after == prepared):
+            self._start(unit)
 
     def _start(self, unit: str) -> None:
         for command in self.commands:
@@ -192,7 +197,12 @@ def run_units(
     sizes: dict[str, int] = {}
     for command in commands:
         sizes[command.unit] = sizes.get(command.unit, 0) + 1
-    policy = RestartPolicy(leader=leader, sizes=sizes, max_restarts=max_restarts)
+    policy = RestartPolicy(
+        leader=leader,
+        sizes=sizes,
+        max_restarts=max_restarts,
+        preparing=frozenset(command.after for command in commands if command.after),
+    )
     return Fleet(
         commands=commands,
         policy=policy,
@@ -206,22 +216,25 @@ def run_units(
 # ------------------------------------------------------------------ which processes
 
 
-def prompts_command(run: RunDir) -> RoleCommand:
-    return _command(run, "prompts", "prompts", 1)
-
-
 def train_commands(run: RunDir, config: RunConfig) -> list[RoleCommand]:
     """Buffer, every learner rank, every actor."""
     return [*sampling_commands(run, config), *rank_commands(run, config, "learner")]
 
 
 def sampling_commands(run: RunDir, config: RunConfig) -> list[RoleCommand]:
-    """Buffer and actors."""
+    """Buffer and actors; before the buffer, once in a run, the preparation of its prompts.
+
+    Engines take longer to start than prompts to prepare, so both go on at the same time.
+    """
     actors = [
         _command(run, "actor", f"actor-{i}", config.rollout.threads, "--index", str(i), index=i)
         for i in range(config.rollout.num_actors)
     ]
-    return [_command(run, "buffer", "buffer", 1), *actors]
+    buffer = _command(run, "buffer", "buffer", 1)
+    if run.train_prompts.exists():
+        return [buffer, *actors]
+    prompts = _command(run, "prompts", "prompts", 1)
+    return [prompts, replace(buffer, after=prompts.unit), *actors]
 
 
 def rank_commands(run: RunDir, config: RunConfig, role: str) -> list[RoleCommand]:

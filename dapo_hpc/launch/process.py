@@ -30,6 +30,8 @@ class RoleCommand:
     log: Path
     threads: int
     """OMP_NUM_THREADS."""
+    after: str = ""
+    """Unit that prepares something for this one: it starts when that one has exited 0."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -36,15 +36,13 @@ class Session:
         commands: list[RoleCommand],
         leader: str,
         is_complete: Callable[[], bool],
-        *,
-        may_restart: bool = True,
     ) -> int:
         launch = self.config.launch
         return local.run_units(
             commands,
             leader=leader,
             is_complete=is_complete,
-            max_restarts=launch.max_restarts if may_restart else 0,
+            max_restarts=launch.max_restarts,
             stop_s=launch.stop_s,
             view=self.view,
             request=self.request,
@@ -102,9 +100,8 @@ def _train(run: RunDir, config: RunConfig) -> int:
         return COMPLETE
     with _session(run, config, "step", config.run.total_steps) as session:
         _say_start(session)
-        outcome = _prepare_sampling(session)
-        if outcome == COMPLETE:
-            outcome = session.stage(local.train_commands(run, config), "learner", run.model.exists)
+        _ensure_auth(run)
+        outcome = session.stage(local.train_commands(run, config), "learner", run.model.exists)
     return _end(session, outcome, "train", _train_summary)
 
 
@@ -121,23 +118,17 @@ def _sft(run: RunDir, config: RunConfig) -> int:
 def _evaluate(run: RunDir, config: RunConfig) -> int:
     with _session(run, config, "step", config.run.total_steps) as session:
         _say_start(session)
-        outcome = _prepare_sampling(session)
-        if outcome == COMPLETE:
-            commands = local.sampling_commands(run, config)
-            commands.append(local.evaluate_command(run, Path(config.model.path)))
-            outcome = session.stage(commands, "evaluate", lambda: any(run.eval.glob("*.json")))
+        _ensure_auth(run)
+        commands = local.sampling_commands(run, config)
+        commands.append(local.evaluate_command(run, Path(config.model.path)))
+        outcome = session.stage(commands, "evaluate", lambda: any(run.eval.glob("*.json")))
     return _end(session, outcome, "eval", _eval_summary)
 
 
-def _prepare_sampling(session: Session) -> int:
-    """Certificate and token, and the prepared prompts, unless an earlier start made them."""
-    run = session.run
+def _ensure_auth(run: RunDir) -> None:
+    """Certificate and token, unless an earlier start made them."""
     if not run.auth.exists():
         create_auth(run)
-    if run.train_prompts.exists():
-        return COMPLETE
-    commands = [local.prompts_command(run)]
-    return session.stage(commands, "prompts", run.train_prompts.exists, may_restart=False)
 
 
 @contextmanager

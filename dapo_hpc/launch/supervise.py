@@ -57,6 +57,8 @@ class RestartPolicy:
     sizes: dict[Unit, int]
     """Processes of each unit."""
     max_restarts: int
+    preparing: frozenset[Unit] = frozenset()
+    """Units that do one thing and exit 0; another exit ends the run, since it is no accident."""
     _restarts: dict[Unit, int] = field(default_factory=dict)
     _finished: int = 0
     """Processes of the leader that have exited 0 in its present life."""
@@ -68,6 +70,8 @@ class RestartPolicy:
             ended: the exit.
             is_complete: the run's result is there; exit 0 of the leader without it is a death.
         """
+        if ended.unit in self.preparing:
+            return "wait" if ended.code == 0 else GiveUp(unit=ended.unit, restarts=0)
         if ended.unit == self.leader and ended.code == 0:
             self._finished += 1
             if self._finished < self.sizes[self.leader]:
