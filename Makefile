@@ -9,7 +9,7 @@ RUN := $(shell n=demo-$(SEED); r=$$n; i=2; \
 endif
 DEMO_SET := --set run.seed=$(SEED) --set run.name=$(RUN)
 
-.PHONY: help setup demo test test-full check lint fmt golden bench clean
+.PHONY: help setup demo test test-full check lint fmt golden bench bench-peer clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -46,6 +46,10 @@ golden: setup  ## rewrite the records that tests/golden compares with
 
 bench: setup  ## what a step of the demo costs
 	$(PY) perf/bench_demo.py
+
+bench-peer: setup  ## the same, with TRL beside it (in .venv-peer)
+	@bash perf/setup_peer.sh
+	$(PY) perf/bench_demo.py --peer trl
 
 clean:  ## caches and build products; runs, data and .venv stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -142,9 +142,7 @@ def summary_of_ours(learning: list[Row], cost: list[Row], config: RunConfig) -> 
     return {
         "startup_s": cost[0]["wall_s"] - cost[0]["learner/step_s"],
         "step_s": statistics.median(r["learner/step_s"] for r in measured),
-        "parts_s": {
-            part: statistics.median(r[f"learner/{part}_s"] for r in measured) for part in PARTS
-        },
+        "parts_s": {part: median_of(measured, f"learner/{part}_s") for part in PARTS},
         "tokens_per_s": statistics.median(r["actor/tokens_per_s"] for r in measured),
         "learner_idle_frac": statistics.median(r["learner/idle_frac"] for r in measured),
         "samples_per_step": (samples(last) - samples(warm)) / (last["step"] - warm["step"]),
@@ -158,6 +156,11 @@ def summary_of_ours(learning: list[Row], cost: list[Row], config: RunConfig) -> 
         "samples_to_target": samples(reached) if reached else None,
         "accuracy": {r["step"]: r["accuracy"] for r in learning if r["accuracy"] is not None},
     }
+
+
+def median_of(rows: list[Row], name: str) -> float:
+    """Over the rows that have it: only some steps write a checkpoint."""
+    return statistics.median([row[name] for row in rows if name in row] or [0.0])
 
 
 def summary_of_peer(learning: list[Row], cost: list[Row]) -> Row:
