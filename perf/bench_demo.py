@@ -4,8 +4,9 @@
     python perf/bench_demo.py --peer trl      # the same, then TRL's GRPOTrainer beside it
 
 Two runs of each system from the same base model: one with evaluation every second step (seconds and
-samples to 0.90), one without (seconds and CPU seconds per step). Writes one JSON file to
-`perf/results/`. The base model is trained first if it is not there.
+samples to 0.90), one without (seconds and CPU seconds per step). Ours comes twice: synchronous, and
+with buffer.max_staleness = 1. Writes one JSON file to `perf/results/`. The base model is trained
+first if it is not there.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "demo.toml"
 SAMPLES_PER_BATCH = 384
 TARGET = 0.90
+OURS = {"dapo_hpc": 0, "dapo_hpc_async": 1}
+"""Our two ways to run it, with buffer.max_staleness: as in the paper, and sampling while training."""
 PARTS = ("wait", "fetch", "score", "update", "publish", "checkpoint")
 
 Row = dict[str, Any]
@@ -54,9 +57,10 @@ def main() -> int:
         "seed": args.seed,
         "threads": {"engine": config.rollout.threads, "learner": config.learner.threads},
     }
-    ours_learning = run_ours(args, "learning", steps=args.steps, eval_every=2)
-    ours_cost = run_ours(args, "cost", steps=args.cost_steps, eval_every=0)
-    result["dapo_hpc"] = summary_of_ours(ours_learning, ours_cost, config)
+    for system, staleness in OURS.items():
+        learning = run_ours(args, "learning", staleness, steps=args.steps, eval_every=2)
+        cost = run_ours(args, "cost", staleness, steps=args.cost_steps, eval_every=0)
+        result[system] = summary_of_ours(learning, cost, config)
     if args.peer:
         learning = run_peer(args, config, steps=args.steps, eval_every=2)
         cost = run_peer(args, config, steps=args.cost_steps, eval_every=0)
@@ -84,7 +88,9 @@ def prepare(seed: int) -> None:
         dapo("sft", str(CONFIG), "--set", f"run.seed={seed}")
 
 
-def run_ours(args: argparse.Namespace, name: str, *, steps: int, eval_every: int) -> list[Row]:
+def run_ours(
+    args: argparse.Namespace, name: str, staleness: int, *, steps: int, eval_every: int
+) -> list[Row]:
     """Step rows of a fresh run, with `wall_s` since the launcher was started."""
     run = RunDir(args.scratch / name)
     shutil.rmtree(run.root, ignore_errors=True)
@@ -94,7 +100,7 @@ def run_ours(args: argparse.Namespace, name: str, *, steps: int, eval_every: int
         str(CONFIG),
         *("--set", f"run.dir={args.scratch}", "--set", f"run.name={name}"),
         *("--set", f"run.seed={args.seed}", "--set", f"run.total_steps={steps}"),
-        *("--set", f"eval.every={eval_every}"),
+        *("--set", f"eval.every={eval_every}", "--set", f"buffer.max_staleness={staleness}"),
     )
     accuracy = {r["step"]: r["eval/accuracy"] for r in metrics.read(run.metrics, "eval")}
     rows = metrics.read(run.metrics, "step")
@@ -199,20 +205,16 @@ def machine() -> str:
 
 
 def show(result: Row, peer: str | None) -> None:
-    systems = ["dapo_hpc", *([peer] if peer else [])]
-    ours = result["dapo_hpc"]
-    parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in ours["parts_s"].items())
+    systems = [*OURS, *([peer] if peer else [])]
     print(f"\n{result['machine']}; commit {result['commit']}; seed {result['seed']}")
-    print(f"seconds of a step, by part: {parts}")
-    by_process = ours["cpu_s_per_384_samples_by_process"].items()
-    print("CPU seconds per 384 samples: " + ", ".join(f"{k} {v:.2f}" for k, v in by_process))
-    print(f"tokens/s {ours['tokens_per_s']:.0f}, learner idle {ours['learner_idle_frac']:.0%}")
-    print(f"\n{'':32}" + "".join(f"{name:>12}" for name in systems))
+    for name in OURS:
+        show_parts(name, result[name])
+    print(f"\n{'':24}" + "".join(f"{name:>16}" for name in systems))
     names = ("startup_s", "step_s", "samples_per_step", "cpu_s_per_384_samples")
     names += ("steps_to_target", "wall_s_to_target", "samples_to_target")
     for name in names:
         cells = [result[system][name] for system in systems]
-        print(f"{name:32}" + "".join(f"{'-' if c is None else f'{c:.2f}':>12}" for c in cells))
+        print(f"{name:24}" + "".join(f"{'-' if c is None else f'{c:.2f}':>16}" for c in cells))
     for system in systems:
         memory = ", ".join(f"{k} {v:.0f}" for k, v in result[system]["peak_memory_mib"].items())
         print(f"{system}: peak memory MiB: {memory}")
@@ -220,6 +222,14 @@ def show(result: Row, peer: str | None) -> None:
         "\nNot in these figures: a GPU. On models of this size vLLM samples no faster than\n"
         "transformers; and dynamic sampling draws more samples for each step than the peer does."
     )
+
+
+def show_parts(name: str, ours: Row) -> None:
+    parts = ", ".join(f"{part} {seconds:.2f}" for part, seconds in ours["parts_s"].items())
+    by_process = ours["cpu_s_per_384_samples_by_process"].items()
+    print(f"{name}: seconds of a step: {parts}")
+    print("  CPU seconds per 384 samples: " + ", ".join(f"{k} {v:.2f}" for k, v in by_process))
+    print(f"  tokens/s {ours['tokens_per_s']:.0f}, learner idle {ours['learner_idle_frac']:.0%}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,15 @@ import transformers
 
 from dapo_hpc.buffer.messages import EvaluationsReply, TakeReply
 from dapo_hpc.config import RunConfig, parse
-from dapo_hpc.records import EvalResult, Group, GroupSummary, PolicyVersion, Prompt, Response
+from dapo_hpc.records import (
+    EvalResult,
+    Group,
+    GroupSummary,
+    PolicyVersion,
+    Prompt,
+    Response,
+    VersionSpan,
+)
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
@@ -73,8 +81,11 @@ def make_config(model: Path, root: Path, **sections: dict[str, Any]) -> RunConfi
     return parse(table)
 
 
-def make_group(group_id: int, rng: np.random.Generator, size: int = 4) -> Group:
+def make_group(
+    group_id: int, rng: np.random.Generator, size: int = 4, policy_step: int = 0
+) -> Group:
     """Random ordinary tokens (transformers trains no padding token); half the responses right."""
+    version = PolicyVersion(step=policy_step, lineage=1)
     prompt = Prompt(
         uid=str(group_id),
         row=group_id,
@@ -88,7 +99,7 @@ def make_group(group_id: int, rng: np.random.Generator, size: int = 4) -> Group:
             index=index,
             token_ids=rng.integers(3, VOCAB, int(length)).astype(np.int32),
             rollout_logprobs=rng.normal(-3.5, 0.3, int(length)).astype(np.float32),
-            spans=(),
+            spans=(VersionSpan(start=0, version=version),),
             finish_reason="stop",
             is_correct=index < size // 2,
             reward=1.0 if index < size // 2 else -1.0,
@@ -115,8 +126,9 @@ def summarize(group: Group, step: int = 0) -> GroupSummary:
 class FakeBuffer:
     """Hands out the same random batch whenever the same step is asked for; evaluates at once."""
 
-    def __init__(self, prompts_per_step: int = 4) -> None:
+    def __init__(self, prompts_per_step: int = 4, staleness: int = 0) -> None:
         self.prompts_per_step = prompts_per_step
+        self.staleness = staleness
         self.lineage = 0
         self.published: list[tuple[PolicyVersion, bool]] = []
         self.commits: list[int] = []
@@ -126,7 +138,8 @@ class FakeBuffer:
     def batch(self, step: int) -> list[Group]:
         rng = np.random.default_rng(step)
         ids = range(step * 100, step * 100 + self.prompts_per_step)
-        return [make_group(id_, rng) for id_ in ids]
+        policy_step = step - 1 - self.staleness
+        return [make_group(id_, rng, policy_step=policy_step) for id_ in ids]
 
     def register(self, step: int) -> int:
         del step

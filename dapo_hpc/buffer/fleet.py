@@ -39,7 +39,9 @@ class Fleet:
             stats = stats or self._past.get(name, ActorStats())
             view = self.views[name] = ActorView(name, version, stats, now)
         view.version = version
-        view.stats = stats or view.stats
+        # A request that waits is looked at again later, and brings figures that are old by then.
+        if stats is not None and stats.cpu_s >= view.stats.cpu_s:
+            view.stats = stats
         view.last_heard_s = now
         return view
 

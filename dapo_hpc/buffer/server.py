@@ -189,7 +189,7 @@ class _Server(uvicorn.Server):
 
 def _listen(port: int) -> socket.socket:
     """A listening socket on every interface; a predecessor's port may be in use for a moment."""
-    # With the protocol named, asyncio sets TCP_NODELAY; without, each answer waits 40 ms for an ACK.
+    # Unless the protocol is named, asyncio leaves Nagle on: 40 ms for each answer.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     with contextlib.suppress(OSError):

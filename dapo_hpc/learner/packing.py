@@ -174,6 +174,8 @@ class MicroBatch:
     """[T] float32."""
     rollout_logprobs: Tensor
     """[T] float32, nats; finite."""
+    sampling_steps: Tensor
+    """[T] int64; step of the policy version that sampled the predicted token, -1 without one."""
     response_bounds: tuple[tuple[int, int], ...]
     """For each member, the positions [start, end) that predict its response's tokens."""
     max_sequence_tokens: int
@@ -242,6 +244,7 @@ def pack(
         advantages=torch.from_numpy(row.advantages),
         token_weights=torch.from_numpy(row.token_weights),
         rollout_logprobs=torch.from_numpy(row.rollout_logprobs),
+        sampling_steps=torch.from_numpy(row.sampling_steps),
     )
 
 
@@ -260,6 +263,7 @@ class _Row:
         self.advantages = np.zeros(num_tokens, dtype=np.float32)
         self.token_weights = np.zeros(num_tokens, dtype=np.float32)
         self.rollout_logprobs = np.zeros(num_tokens, dtype=np.float32)
+        self.sampling_steps = np.full(num_tokens, -1, dtype=np.int64)
 
     def write(
         self, start: int, prompt: np.ndarray, response: Response, advantage: float, weight: float
@@ -275,6 +279,8 @@ class _Row:
         self.advantages[answer] = np.where(is_trained, advantage, 0.0)
         self.token_weights[answer] = np.where(is_trained, weight, 0.0)
         self.rollout_logprobs[answer] = np.where(is_finite, response.rollout_logprobs, 0.0)
+        for span in response.spans:
+            self.sampling_steps[answer.start + span.start : answer.stop] = span.version.step
         return answer.start, answer.stop
 
 

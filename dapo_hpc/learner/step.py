@@ -28,6 +28,10 @@ from dapo_kernels import dapo_loss
 log = logging.getLogger(__name__)
 
 
+IMPORTANCE_METRICS = ("mismatch/ess_frac", "mismatch/capped_frac")
+"""Figures of the importance weights, which stale tokens have as well."""
+
+
 class MismatchTooLarge(RuntimeError):
     """Engine and learner no longer hold the same policy; training on would be noise."""
 
@@ -53,8 +57,8 @@ def rollout_step(session: Session, step: int) -> dict[str, float]:
     groups = fetch_groups(here, session.fetch, plan, taken.groups)
     batch = build(session.policy, config, plan, taken.groups, groups)
     clock.lap("fetch")
-    scored = score(session, batch)
-    check_mismatch(scored.mismatch, config.loss, step)
+    scored = score(session, batch, policy_step=step - 1)
+    check_mismatch(scored.engine, config.loss, step)
     clock.lap("score")
 
     lr = learning_rate(config.optimizer, step)
@@ -99,21 +103,26 @@ def learning_rate(optimizer: OptimizerSection, step: int) -> float:
 class Scored:
     """What the scoring pass saw, over all ranks."""
 
-    mismatch: Mismatch
+    engine: Mismatch
+    """Engine against learner: trained tokens sampled by the very weights that score them."""
+    trained: Mismatch
+    """All trained tokens; what older weights sampled differs by the training since, too."""
     entropy: float
     """Nats, mean over the trained tokens."""
 
     def metrics(self) -> dict[str, float]:
-        return {**self.mismatch.metrics(), "learner/entropy": self.entropy}
+        engine, trained = self.engine.metrics(), self.trained.metrics()
+        weights = {name: trained[name] for name in IMPORTANCE_METRICS if name in trained}
+        return {**engine, **weights, "learner/entropy": self.entropy}
 
 
-def score(session: Session, batch: TrainBatch) -> Scored:
+def score(session: Session, batch: TrainBatch, policy_step: int) -> Scored:
     """Fill in old log-probs, importance weights and reference log-probs. Collective."""
     micros = batch.micros()
     rows = [micro.row for micro in micros]
     loss, here = session.config.loss, session.processes
     cap = loss.importance_cap
-    mismatch = Mismatch.empty(here.device)
+    engine, trained = Mismatch.empty(here.device), Mismatch.empty(here.device)
     entropy_sum = torch.zeros((), dtype=torch.float64, device=here.device)
     # On stages before the last there are no log-probs, and both loops end at once.
     for micro, (old, entropy) in zip(micros, log_probs(session.policy, rows), strict=False):
@@ -121,20 +130,21 @@ def score(session: Session, batch: TrainBatch) -> Scored:
         micro.old_logprobs = old
         if loss.importance_sampling == "token":
             micro.importance_weights = importance_weights(old, rollout, cap=cap)
-        mismatch = mismatch.merge(measure_mismatch(old, rollout, mask, cap=cap))
+        is_own = mask & (micro.tokens.sampling_steps == policy_step)
+        engine = engine.merge(measure_mismatch(old, rollout, is_own, cap=cap))
+        trained = trained.merge(measure_mismatch(old, rollout, mask, cap=cap))
         entropy_sum += (entropy * mask).sum(dtype=torch.float64)
     if session.reference is not None:
         for micro, ref in zip(micros, session.reference.log_probs(rows), strict=False):
             micro.ref_logprobs = ref
-    return _over_ranks(here, mismatch, entropy_sum)
+    engine, trained = _over_ranks(here, engine), _over_ranks(here, trained)
+    entropy = here.sum_over_ranks(entropy_sum * float(here.reports))
+    return Scored(engine, trained, float(entropy) / max(float(trained.sums[0]), 1.0))
 
 
-def _over_ranks(here: Processes, mismatch: Mismatch, entropy_sum: Tensor) -> Scored:
-    mine = torch.cat([mismatch.sums, entropy_sum.reshape(1)]) * float(here.reports)
-    sums = here.sum_over_ranks(mine)
-    largest = here.max_over_ranks(mismatch.max_diff.reshape(1))
-    merged = Mismatch(sums=sums[:-1], max_diff=largest[0])
-    return Scored(merged, float(sums[-1]) / max(float(sums[0]), 1.0))
+def _over_ranks(here: Processes, mismatch: Mismatch) -> Mismatch:
+    sums = here.sum_over_ranks(mismatch.sums * float(here.reports))
+    return Mismatch(sums=sums, max_diff=here.max_over_ranks(mismatch.max_diff.reshape(1))[0])
 
 
 def check_mismatch(mismatch: Mismatch, loss: LossSection, step: int) -> None:

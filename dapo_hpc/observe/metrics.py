@@ -36,10 +36,10 @@ METRICS: dict[str, Metric] = {
     "learner/padding_frac": Metric("share", "computed tokens that are padding"),
     "learner/skipped_updates": Metric("updates", "updates skipped for a non-finite gradient"),
     # engine against learner
-    "mismatch/mean_diff": Metric("nats", "mean |old_logprobs - rollout_logprobs|"),
-    "mismatch/max_diff": Metric("nats", "largest |old_logprobs - rollout_logprobs|"),
-    "mismatch/kl": Metric("nats", "k3 estimate of KL(rollout || old)"),
-    "mismatch/ess_frac": Metric("share", "effective sample size of the importance weights"),
+    "mismatch/mean_diff": Metric("nats", "mean |old - rollout| log-prob of unstale tokens"),
+    "mismatch/max_diff": Metric("nats", "largest |old - rollout| log-prob of unstale tokens"),
+    "mismatch/kl": Metric("nats", "k3 estimate of KL(rollout || old) over unstale tokens"),
+    "mismatch/ess_frac": Metric("share", "effective sample size of all importance weights"),
     "mismatch/capped_frac": Metric("share", "importance weights at the cap"),
     "mismatch/dropped_tokens": Metric("tokens", "tokens without a finite rollout log-prob"),
     # seconds of a step, in order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -21,6 +22,7 @@ from dapo_hpc.learner.packing import (
     trained_tokens,
     unpack,
 )
+from dapo_hpc.records import PolicyVersion, VersionSpan
 
 batch_shapes = st.tuples(st.integers(1, 7), st.integers(1, 5), st.integers(0, 10**6))
 
@@ -214,6 +216,25 @@ def test_types_are_those_the_model_takes() -> None:
     moved = micro.to("meta")
     assert moved.token_ids.device.type == moved.loss_mask.device.type == "meta"
     assert moved.members == micro.members
+
+
+def test_each_predicted_token_knows_the_step_of_the_weights_that_sampled_it() -> None:
+    batch = random_batch(1, 2, 0)
+    old, new = PolicyVersion(step=4, lineage=1), PolicyVersion(step=5, lineage=2)
+    first = batch.groups[0].responses[0]
+    tokens = np.arange(5, dtype=np.int32)
+    mixed = replace(
+        first,
+        token_ids=tokens,
+        rollout_logprobs=np.zeros(5, np.float32),
+        spans=(VersionSpan(start=0, version=old), VersionSpan(start=2, version=new)),
+    )
+    groups = {0: replace(batch.groups[0], responses=(mixed,))}
+    micro = pack([(0, 0)], groups, advantages=np.ones((1, 1)), weights=np.ones((1, 1)))
+    (answer,) = unpack(micro.sampling_steps, micro)
+    assert answer.tolist() == [4, 4, 5, 5, 5]
+    num_prompt = len(groups[0].prompt.token_ids)
+    assert micro.sampling_steps.tolist() == [-1] * (num_prompt - 1) + [4, 4, 5, 5, 5] + [-1]
 
 
 @pytest.mark.parametrize("multiple", [1, 4])

@@ -25,13 +25,15 @@ from dapo_hpc.run_dir import RunDir
 from tests.learner_parts import FakeBuffer, make_config, make_model
 
 
-def start(here: Processes, root: Path, **sections: dict[str, Any]) -> tuple[Session, Any]:
+def start(
+    here: Processes, root: Path, *, staleness: int = 0, **sections: dict[str, Any]
+) -> tuple[Session, Any]:
     """A session after `resume`, and the same model in transformers."""
     model = make_model(root / "model")
     config: RunConfig = make_config(root / "model", root, **sections)
     run = RunDir(config.run_dir)
     run.root.mkdir(parents=True)
-    session = open_session(run, config, here, FakeBuffer())
+    session = open_session(run, config, here, FakeBuffer(staleness=staleness))
     session.resume()
     return session, model
 
@@ -186,6 +188,16 @@ def test_a_mismatch_warns_and_then_stops_before_any_update(
     with caplog.at_level(logging.WARNING):
         rollout_step(session, 1)
     assert "loss.mismatch_warn = 0.01" in caplog.text
+
+
+def test_stale_tokens_differ_by_training_and_do_not_count_as_mismatch(
+    here: Processes, tmp_path: Path
+) -> None:
+    limits = {"mismatch_warn": 0.01, "mismatch_stop": 0.02}
+    session, _ = start(here, tmp_path, staleness=1, loss=limits)
+    figures = rollout_step(session, 1)
+    assert "mismatch/mean_diff" not in figures
+    assert 0 < figures["mismatch/ess_frac"] < 1
 
 
 def test_learning_rate_rises_by_rollout_step() -> None:
