@@ -31,7 +31,7 @@ CONFIG = ROOT / "configs" / "demo.toml"
 SAMPLES_PER_BATCH = 384
 TARGET = 0.90
 OURS = {"dapo_hpc": 0, "dapo_hpc_async": 1}
-"""Our two ways to run it, with buffer.max_staleness: as in the paper, and sampling while training."""
+"""Our two ways, by buffer.max_staleness: as in the paper, and sampling while training."""
 PARTS = ("wait", "fetch", "score", "update", "publish", "checkpoint")
 
 Row = dict[str, Any]
