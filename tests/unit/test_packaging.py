@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ("setup", "demo", "test", "test-full", "check", "fmt", "golden", "bench", "clean", "help")
+TARGETS = ("setup", "demo", "test", "test-full", "check", "fmt", "golden", "bench", "bench-peer")
+TARGETS += ("clean", "help")
 
 
 def locked() -> dict[str, str]:
@@ -54,9 +55,15 @@ def test_base_install_has_no_torch() -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_lists_its_targets_and_passes_the_seed_on() -> None:
-    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["make", "--no-print-directory", "help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert {line.split()[0] for line in listed.stdout.splitlines()} == set(TARGETS)
-    words = ["make", "--dry-run", "demo", "SEED=7", "RUN=some-name"]
+    words = ["make", "--no-print-directory", "--dry-run", "demo", "SEED=7", "RUN=some-name"]
     demo = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "demo-data data/demo --seed 7" in demo
     assert demo.count("--set run.seed=7 --set run.name=some-name") == 2

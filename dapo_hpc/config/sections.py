@@ -1,34 +1,20 @@
-"""One TOML file is one run: every knob, its bounds, its default and where the default comes from.
+"""Every knob of a run, its bounds, its default and where the default comes from.
 
-`load` reads a file, applies the profile beneath it and `--set` overrides above it, and returns a
-frozen RunConfig, or raises ConfigProblems with every problem of the file at once.
+One class for each table of the TOML file, in the order of the flow.
 """
 
 from __future__ import annotations
 
-import difflib
-import os
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
-import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class ConfigProblems(ValueError):
-    """Everything that is wrong with a config, one sentence each."""
-
-    def __init__(self, source: str, problems: list[str]) -> None:
-        self.source = source
-        self.problems = problems
-        super().__init__("\n".join(f"{source}: {problem}" for problem in problems))
 
 
 class Section(BaseModel):
@@ -277,38 +263,6 @@ class LaunchSection(Section):
 
 Profile = Literal["paper", "verl", "default"]
 
-PROFILES: dict[Profile, dict[str, Any]] = {
-    "paper": {
-        "optimizer.warmup_steps": 20,
-        "optimizer.first_warmup_step": 1,
-        "loss.dual_clip": 0.0,
-        "loss.normalization": "per_prompt",
-        "loss.importance_sampling": "off",
-        "reward.boxed_fallback": False,
-        "eval.top_p": 0.7,
-    },
-    "verl": {
-        "optimizer.warmup_steps": 10,
-        "optimizer.first_warmup_step": 0,
-        "loss.dual_clip": 10.0,
-        "loss.normalization": "global_tokens",
-        "loss.importance_sampling": "off",
-        "reward.boxed_fallback": True,
-        "eval.top_p": 0.7,
-    },
-    "default": {
-        "optimizer.warmup_steps": 20,
-        "optimizer.first_warmup_step": 1,
-        "loss.dual_clip": 0.0,
-        "loss.normalization": "global_tokens",
-        "loss.importance_sampling": "token",
-        "reward.boxed_fallback": True,
-        "eval.top_p": 0.7,
-    },
-}
-"""What each profile sets beneath the TOML file. Everything else is the class default, which the
-three share."""
-
 
 class RunConfig(Section):
     """One run, section by section in the order of the flow."""
@@ -338,183 +292,3 @@ class RunConfig(Section):
     def max_sequence_tokens(self) -> int:
         """Longest prompt plus longest response."""
         return self.prompts.max_tokens + self.rollout.max_response_tokens
-
-
-def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> RunConfig:
-    """Read a TOML file. Raises ConfigProblems with every problem found."""
-    source = Path(path)
-    try:
-        table = tomllib.loads(source.read_text())
-    except FileNotFoundError:
-        raise ConfigProblems(str(path), ["there is no such file."]) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigProblems(str(path), [f"not TOML: {error}."]) from None
-    problems: list[str] = []
-    for text in overrides or []:
-        _apply_override(table, text, problems)
-    return parse(table, source=source.name, problems=problems)
-
-
-def parse(
-    table: dict[str, Any], *, source: str = "config", problems: list[str] | None = None
-) -> RunConfig:
-    """Validate a table of a TOML file, profile applied. Raises ConfigProblems."""
-    problems = list(problems or [])
-    profile = table.get("profile", "default")
-    if profile in get_args(Profile):
-        table = _with_profile(table, PROFILES[profile])
-    try:
-        config = RunConfig.model_validate(table)
-    except ValidationError as error:
-        problems += [_sentence(dict(item)) for item in error.errors()]
-        problems += _cross_checks_of_the_rest(table, error)
-        raise ConfigProblems(source, problems) from None
-    problems += cross_checks(config)
-    if problems:
-        raise ConfigProblems(source, problems)
-    return config
-
-
-def dump(config: RunConfig) -> str:
-    """The resolved config as TOML text; `parse` of it gives the same config."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
-
-
-def cross_checks(config: RunConfig) -> list[str]:
-    """What single-field bounds cannot see."""
-    rollout, reward, learner = config.rollout, config.reward, config.learner
-    found: list[str] = []
-    if config.eval.every and config.prompts.eval is None:
-        found.append(
-            f"eval.every = {config.eval.every} needs held-out prompts, but prompts.eval is not "
-            "set. Set prompts.eval to a parquet file, or eval.every to 0."
-        )
-    if reward.overlong_punishment and reward.overlong_cache_tokens > rollout.max_response_tokens:
-        found.append(
-            f"reward.overlong_cache_tokens = {reward.overlong_cache_tokens} is longer than "
-            f"rollout.max_response_tokens = {rollout.max_response_tokens}: every response would be "
-            "punished. Make it smaller, or set reward.overlong_punishment to false."
-        )
-    if learner.mini_batches > rollout.prompts_per_step:
-        found.append(
-            f"learner.mini_batches = {learner.mini_batches} is more than rollout.prompts_per_step "
-            f"= {rollout.prompts_per_step}: groups are never torn apart, so a mini-batch would be "
-            "empty. Lower learner.mini_batches."
-        )
-    if learner.sequence_parallel and learner.tensor_parallel == 1:
-        found.append(
-            "learner.sequence_parallel is true but learner.tensor_parallel is 1: there is nothing "
-            "to split. Raise learner.tensor_parallel, or set learner.sequence_parallel to false."
-        )
-    if config.buffer.heartbeat_s * 3 > config.buffer.lease_s:
-        found.append(
-            f"buffer.heartbeat_s = {config.buffer.heartbeat_s} is more than a third of "
-            f"buffer.lease_s = {config.buffer.lease_s}: one lost heartbeat would end a lease. "
-            "Lower buffer.heartbeat_s, or raise buffer.lease_s."
-        )
-    if 0 < config.loss.dual_clip <= 1:
-        found.append(
-            f"loss.dual_clip = {config.loss.dual_clip} would bound the loss below -A itself; "
-            "expected 0 (off) or more than 1, as in verl's 10.0."
-        )
-    if config.loss.mismatch_stop < config.loss.mismatch_warn:
-        found.append(
-            f"loss.mismatch_stop = {config.loss.mismatch_stop} is below loss.mismatch_warn = "
-            f"{config.loss.mismatch_warn}: the run would stop before it warns. Raise "
-            "loss.mismatch_stop."
-        )
-    if rollout.max_sequences < rollout.group_size:
-        found.append(
-            f"rollout.max_sequences = {rollout.max_sequences} is less than rollout.group_size = "
-            f"{rollout.group_size}: an engine could not hold one group. Raise "
-            "rollout.max_sequences."
-        )
-    return found
-
-
-def known_keys() -> list[str]:
-    """Every dotted key a TOML file may set."""
-    keys: list[str] = []
-    for name, field in RunConfig.model_fields.items():
-        section = _section_class(field.annotation)
-        keys += [f"{name}.{key}" for key in section.model_fields] if section else [name]
-    return keys
-
-
-_REQUIRED: dict[str, dict[str, Any]] = {
-    "run": {"name": "unset", "total_steps": 1},
-    "model": {"path": "unset"},
-    "prompts": {"train": "unset"},
-    "sft": {"init": "unset", "pairs": "unset"},
-}
-"""Stand-ins for required keys that are missing, so that the cross-checks still run."""
-
-
-def _cross_checks_of_the_rest(table: dict[str, Any], error: ValidationError) -> list[str]:
-    """Cross-checks with the faulty keys at their defaults, so that all are seen at once."""
-    rest = {k: dict(v) if isinstance(v, dict) else v for k, v in table.items()}
-    for item in error.errors():
-        target: Any = rest
-        for part in item["loc"][:-1]:
-            target = target.get(part) if isinstance(target, dict) else None
-        if isinstance(target, dict):
-            target.pop(item["loc"][-1], None)
-    for section, required in _REQUIRED.items():
-        if section in rest or section != "sft":
-            rest[section] = {**required, **rest.get(section, {})}
-    try:
-        return cross_checks(RunConfig.model_validate(rest))
-    except ValidationError:
-        return []
-
-
-def _section_class(annotation: Any) -> type[Section] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
-
-
-def _with_profile(table: dict[str, Any], profile: dict[str, Any]) -> dict[str, Any]:
-    merged = {k: dict(v) if isinstance(v, dict) else v for k, v in table.items()}
-    for dotted, value in profile.items():
-        section, key = dotted.split(".")
-        target = merged.setdefault(section, {})
-        if isinstance(target, dict):
-            target.setdefault(key, value)
-    return merged
-
-
-def _apply_override(table: dict[str, Any], text: str, problems: list[str]) -> None:
-    dotted, separator, value = text.partition("=")
-    section, dot, key = dotted.strip().partition(".")
-    if not (separator and dot):
-        problems.append(f"--set {text}: expected section.key=value, as in loss.clip_high=0.28.")
-        return
-    try:
-        parsed = tomllib.loads(f"value = {value.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()
-    table.setdefault(section, {})[key] = parsed
-
-
-def _sentence(error: dict[str, Any]) -> str:
-    """One problem in the house form: what, the value, what was expected."""
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {key}{_suggestion(key)}"
-    if error["type"] == "missing":
-        return f"{key} is missing; it has no default, set it."
-    reason = error["msg"][0].lower() + error["msg"][1:]
-    return f"{key} = {error['input']!r}: {reason}."
-
-
-def _suggestion(key: str) -> str:
-    """The closest spelling of the last part, of the same section if there is a choice."""
-    known = known_keys() if "." in key else list(RunConfig.model_fields)
-    section, _, leaf = key.rpartition(".")
-    leaves = [k.rpartition(".")[2] for k in known]
-    near = difflib.get_close_matches(leaf, leaves, n=1)
-    found = [k for k, its_leaf in zip(known, leaves, strict=True) if its_leaf in near]
-    found.sort(key=lambda k: not k.startswith(section))
-    return f"; did you mean {found[0]}?" if found else "; no known key is close to it."

@@ -1,0 +1,57 @@
+"""What bounds on single fields cannot see."""
+
+from __future__ import annotations
+
+from dapo_hpc.config.sections import RunConfig
+
+
+def cross_checks(config: RunConfig) -> list[str]:
+    """What single-field bounds cannot see."""
+    rollout, reward, learner = config.rollout, config.reward, config.learner
+    found: list[str] = []
+    if config.eval.every and config.prompts.eval is None:
+        found.append(
+            f"eval.every = {config.eval.every} needs held-out prompts, but prompts.eval is not "
+            "set. Set prompts.eval to a parquet file, or eval.every to 0."
+        )
+    if reward.overlong_punishment and reward.overlong_cache_tokens > rollout.max_response_tokens:
+        found.append(
+            f"reward.overlong_cache_tokens = {reward.overlong_cache_tokens} is longer than "
+            f"rollout.max_response_tokens = {rollout.max_response_tokens}: every response would be "
+            "punished. Make it smaller, or set reward.overlong_punishment to false."
+        )
+    if learner.mini_batches > rollout.prompts_per_step:
+        found.append(
+            f"learner.mini_batches = {learner.mini_batches} is more than rollout.prompts_per_step "
+            f"= {rollout.prompts_per_step}: groups are never torn apart, so a mini-batch would be "
+            "empty. Lower learner.mini_batches."
+        )
+    if learner.sequence_parallel and learner.tensor_parallel == 1:
+        found.append(
+            "learner.sequence_parallel is true but learner.tensor_parallel is 1: there is nothing "
+            "to split. Raise learner.tensor_parallel, or set learner.sequence_parallel to false."
+        )
+    if config.buffer.heartbeat_s * 3 > config.buffer.lease_s:
+        found.append(
+            f"buffer.heartbeat_s = {config.buffer.heartbeat_s} is more than a third of "
+            f"buffer.lease_s = {config.buffer.lease_s}: one lost heartbeat would end a lease. "
+            "Lower buffer.heartbeat_s, or raise buffer.lease_s."
+        )
+    if 0 < config.loss.dual_clip <= 1:
+        found.append(
+            f"loss.dual_clip = {config.loss.dual_clip} would bound the loss below -A itself; "
+            "expected 0 (off) or more than 1, as in verl's 10.0."
+        )
+    if config.loss.mismatch_stop < config.loss.mismatch_warn:
+        found.append(
+            f"loss.mismatch_stop = {config.loss.mismatch_stop} is below loss.mismatch_warn = "
+            f"{config.loss.mismatch_warn}: the run would stop before it warns. Raise "
+            "loss.mismatch_stop."
+        )
+    if rollout.max_sequences < rollout.group_size:
+        found.append(
+            f"rollout.max_sequences = {rollout.max_sequences} is less than rollout.group_size = "
+            f"{rollout.group_size}: an engine could not hold one group. Raise "
+            "rollout.max_sequences."
+        )
+    return found
