@@ -119,7 +119,12 @@ def run_peer(
     command += ["--eval-every", str(eval_every), "--eval-samples", str(config.eval.samples)]
     command += ["--seed", str(args.seed), "--threads", str(config.learner.threads)]
     command += ["--output", str(args.scratch / "peer")]
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(config.learner.threads),
+    }
     process = subprocess.run(
         command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True
     )

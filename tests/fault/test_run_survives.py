@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import time
 
@@ -18,28 +16,21 @@ def assert_complete(whole: WholeRun, total_steps: int = 6) -> None:
         assert row["learner/first_ratio_max_diff"] == 0
         assert row["mismatch/mean_diff"] < 1e-4
         assert row["buffer/invariant_violations"] == 0
-    status = json.loads(whole.run.status.read_text())
-    assert status["counters"]["invariant_violations"] == 0
+    whole.assert_accounts_close()
     assert (whole.run.report / "curves.png").stat().st_size > 10_000
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(whole.run.model)
 
 
-def kill(pids: list[int]) -> None:
-    assert pids, "nothing to kill: the process is not there"
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-
-
 def test_one_kill_of_each_role(whole_run: WholeRun) -> None:
     whole_run.start()
     whole_run.wait_for_step(1)
-    kill(whole_run.pids("actor"))
+    whole_run.kill("actor")
     whole_run.wait_for_step(3)
-    kill(whole_run.pids("learner"))
+    whole_run.kill("learner")
     time.sleep(1)
-    kill(whole_run.pids("buffer"))
+    whole_run.kill("buffer")
     assert whole_run.wait() == 0, whole_run.output()[-4000:]
     assert_complete(whole_run)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,26 @@ from dapo_hpc.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs" / "demo.toml"
+
+QUICK: dict[str, object] = {
+    "buffer.lease_s": 6,
+    "buffer.heartbeat_s": 1,
+    "buffer.request_timeout_s": 3,
+    "launch.max_restarts": 5,
+}
+"""Notices a death soon."""
+SMALL: dict[str, object] = {
+    "run.total_steps": 6,
+    "rollout.prompts_per_step": 6,
+    "rollout.group_size": 8,
+    "rollout.max_response_tokens": 24,
+    "learner.mini_batches": 2,
+    "learner.checkpoint_every": 2,
+    "eval.every": 3,
+    "eval.samples": 1,
+    **QUICK,
+}
+"""A run of seconds."""
 
 
 def dapo(*words: str, **options: object) -> subprocess.Popen[str]:
@@ -28,7 +50,7 @@ def set_options(values: dict[str, object]) -> list[str]:
 
 @dataclass
 class WholeRun:
-    """`dapo train` of the demo's files on a small scale, with its run directory."""
+    """`dapo train` of the demo's files, with its run directory."""
 
     base: Path
     directory: Path
@@ -38,25 +60,15 @@ class WholeRun:
     def run(self) -> RunDir:
         return RunDir(self.directory / "run")
 
-    def start(self, **settings: object) -> None:
+    def start(self, scale: dict[str, object] = SMALL, **settings: object) -> None:
+        """`settings` as in `run__total_steps=4`."""
         values = {
             "run.dir": self.directory,
             "run.name": "run",
-            "run.total_steps": 6,
             "model.path": self.base / "base",
             "prompts.train": self.base / "data" / "train.parquet",
             "prompts.eval": self.base / "data" / "heldout.parquet",
-            "rollout.prompts_per_step": 6,
-            "rollout.group_size": 8,
-            "rollout.max_response_tokens": 24,
-            "learner.mini_batches": 2,
-            "learner.checkpoint_every": 2,
-            "eval.every": 3,
-            "eval.samples": 1,
-            "buffer.lease_s": 6,
-            "buffer.heartbeat_s": 1,
-            "buffer.request_timeout_s": 3,
-            "launch.max_restarts": 5,
+            **scale,
             **{key.replace("__", "."): value for key, value in settings.items()},
         }
         self._launch("train", str(DEMO), *set_options(values))
@@ -98,6 +110,24 @@ class WholeRun:
             if entry.name.isdigit() and is_ours and (not role or role.encode() in words):
                 found.append(int(entry.name))
         return sorted(found)
+
+    def assert_accounts_close(self) -> None:
+        """Every response leased and every group dispatched is somewhere, by the last snapshot."""
+        status = json.loads(self.run.status.read_text())
+        count = Counter(status["counters"])
+        ends = ("accepted", "expired", "released", "failed", "aborted")
+        ended = sum(count[f"responses_{end}"] for end in ends)
+        assert count["responses_leased"] == ended + status["leases"]["responses_in_flight"]
+        groups = sum(number for name, number in count.items() if name.startswith("train_"))
+        assert count["groups_dispatched"] == groups > 0
+        assert count["invariant_violations"] == 0
+
+    def kill(self, role: str) -> None:
+        """SIGKILL to every process of a role."""
+        pids = self.pids(role)
+        assert pids, f"there is no {role} to kill:\n{self.output()[-4000:]}"
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
 
     def kill_everything(self) -> None:
         if self.process is not None and self.process.poll() is None:
