@@ -60,14 +60,19 @@ class WholeRun:
     def run(self) -> RunDir:
         return RunDir(self.directory / "run")
 
-    def start(self, scale: dict[str, object] = SMALL, **settings: object) -> None:
-        """`settings` as in `run__total_steps=4`."""
-        values = {
+    def paths(self) -> dict[str, object]:
+        return {
             "run.dir": self.directory,
             "run.name": "run",
             "model.path": self.base / "base",
             "prompts.train": self.base / "data" / "train.parquet",
             "prompts.eval": self.base / "data" / "heldout.parquet",
+        }
+
+    def start(self, scale: dict[str, object] = SMALL, **settings: object) -> None:
+        """`settings` as in `run__total_steps=4`."""
+        values = {
+            **self.paths(),
             **scale,
             **{key.replace("__", "."): value for key, value in settings.items()},
         }
