@@ -5,31 +5,28 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import time
 
 from dapo_hpc.config import RunConfig
+from dapo_hpc.roles import startup
 from dapo_hpc.run_dir import RunDir
 
 
 def main(run: RunDir, config: RunConfig, index: int) -> int:
-    """Run one actor until the run is done, or until SIGTERM asks it to drain.
+    """Run one actor until the run is done, or until SIGTERM asks it to drain."""
+    startup.leave_when_asked()
+    with startup.quick_start():
+        from dapo_hpc.reward import protocol
+        from dapo_hpc.rollout.engine import Engine, derived_seed
 
-    SIGINT is left to the launcher: an interrupted terminal signals all processes at once, and the
-    launcher then drains them in order.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    from dapo_hpc.reward import protocol
-    from dapo_hpc.rollout.engine import Engine, derived_seed
+        protocol.resolve(config.reward)
+        # Before anything else that imports torch: it sets what torch and vLLM read at import.
+        engine = Engine(config, seed=derived_seed(config.run.seed, index) % 2**31)
 
-    protocol.resolve(config.reward)
-    engine = Engine(config, seed=derived_seed(config.run.seed, index) % 2**31)
+        from transformers import AutoTokenizer
 
-    from transformers import AutoTokenizer
-
-    from dapo_hpc.buffer.client import BufferClient
-    from dapo_hpc.rollout.loop import ActorLoop
+        from dapo_hpc.buffer.client import BufferClient
+        from dapo_hpc.rollout.loop import ActorLoop
 
     buffer = BufferClient(run, request_timeout_s=config.buffer.request_timeout_s)
     loop = ActorLoop(

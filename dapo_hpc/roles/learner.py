@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-import warnings
-
 from dapo_hpc.config import RunConfig
+from dapo_hpc.roles import startup
 from dapo_hpc.run_dir import RunDir
 
 
@@ -14,18 +11,15 @@ def main(run: RunDir, config: RunConfig, rank: int, world: int) -> int:
     """Run one rank of the learner until the run is complete, or until SIGTERM.
 
     At SIGTERM it leaves at once: the next start resumes from the newest checkpoint and is given
-    the same batches again. SIGINT is left to the launcher, which then asks every process in order.
+    the same batches again.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    # Megatron tells at length which optional libraries it does not find.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.simplefilter("ignore", FutureWarning)
-
-    from dapo_hpc.buffer.client import BufferClient
-    from dapo_hpc.learner.parallel import Layout, connect
-    from dapo_hpc.learner.session import open_session
-    from dapo_hpc.learner.train import train
+    startup.leave_when_asked()
+    startup.silence_megatron()
+    with startup.quick_start():
+        from dapo_hpc.buffer.client import BufferClient
+        from dapo_hpc.learner.parallel import Layout, connect
+        from dapo_hpc.learner.session import open_session
+        from dapo_hpc.learner.train import train
 
     section = config.learner
     layout = Layout(section.tensor_parallel, section.pipeline_parallel, section.data_parallel)

@@ -6,6 +6,7 @@ import logging
 import os
 
 from dapo_hpc.config import RunConfig
+from dapo_hpc.roles import startup
 from dapo_hpc.run_dir import RunDir
 
 _log = logging.getLogger(__name__)
@@ -17,9 +18,10 @@ def main(run: RunDir, config: RunConfig) -> int:
         _log.info("prompts are prepared already: %s", run.train_prompts)
         return 0
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers import AutoTokenizer
+    with startup.quick_start():
+        from transformers import AutoTokenizer
 
-    from dapo_hpc.prompts.prepare import prepare
+        from dapo_hpc.prompts.prepare import prepare
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     for name, counts in prepare(run, config, tokenizer).items():

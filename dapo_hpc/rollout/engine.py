@@ -8,6 +8,7 @@ forward pass.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -91,6 +92,8 @@ class Engine:
         from vllm.v1.engine.core_client import EngineCoreClient
         from vllm.v1.executor import Executor
 
+        # vLLM collects garbage five times while it starts, each time through all its modules.
+        gc.freeze()
         self._request_class, self._params_class = EngineCoreRequest, SamplingParams
         self._reasons: dict[Any, FinishReason] = {
             FinishReason.STOP: "stop",
