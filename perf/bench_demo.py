@@ -4,9 +4,9 @@
     python perf/bench_demo.py --peer trl      # the same, then TRL's GRPOTrainer beside it
 
 Two runs of each system from the same base model: one with evaluation every second step (seconds and
-samples to 0.90), one without (seconds and CPU seconds per step). Ours comes twice: synchronous, and
-with buffer.max_staleness = 1. Writes one JSON file to `perf/results/`. The base model is trained
-first if it is not there.
+samples to 0.90), one without (seconds and CPU seconds per step). Ours comes three times: as the
+demo is, with buffer.max_staleness = 1, and without dynamic sampling. Writes one JSON file to
+`perf/results/`. The base model is trained first if it is not there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "demo.toml"
 SAMPLES_PER_BATCH = 384
 TARGET = 0.90
-OURS = {"dapo_hpc": 0, "dapo_hpc_async": 1}
-"""Our two ways, by buffer.max_staleness: as in the paper, and sampling while training."""
+OURS = {
+    "dapo_hpc": (),
+    "async": ("buffer.max_staleness=1",),
+    "like_peer": ("buffer.dynamic_sampling=false",),
+}
+"""Ours: as in the paper; sampling while training; and without dynamic sampling, as the peer."""
 PARTS = ("wait", "fetch", "score", "update", "publish", "checkpoint")
 
 Row = dict[str, Any]
@@ -57,9 +62,9 @@ def main() -> int:
         "seed": args.seed,
         "threads": {"engine": config.rollout.threads, "learner": config.learner.threads},
     }
-    for system, staleness in OURS.items():
-        learning = run_ours(args, "learning", staleness, steps=args.steps, eval_every=2)
-        cost = run_ours(args, "cost", staleness, steps=args.cost_steps, eval_every=0)
+    for system, settings in OURS.items():
+        learning = run_ours(args, "learning", settings, steps=args.steps, eval_every=2)
+        cost = run_ours(args, "cost", settings, steps=args.cost_steps, eval_every=0)
         result[system] = summary_of_ours(learning, cost, config)
     if args.peer:
         learning = run_peer(args, config, steps=args.steps, eval_every=2)
@@ -89,7 +94,12 @@ def prepare(seed: int) -> None:
 
 
 def run_ours(
-    args: argparse.Namespace, name: str, staleness: int, *, steps: int, eval_every: int
+    args: argparse.Namespace,
+    name: str,
+    settings: Sequence[str],
+    *,
+    steps: int,
+    eval_every: int,
 ) -> list[Row]:
     """Step rows of a fresh run, with `wall_s` since the launcher was started."""
     run = RunDir(args.scratch / name)
@@ -100,7 +110,8 @@ def run_ours(
         str(CONFIG),
         *("--set", f"run.dir={args.scratch}", "--set", f"run.name={name}"),
         *("--set", f"run.seed={args.seed}", "--set", f"run.total_steps={steps}"),
-        *("--set", f"eval.every={eval_every}", "--set", f"buffer.max_staleness={staleness}"),
+        *("--set", f"eval.every={eval_every}"),
+        *(word for setting in settings for word in ("--set", setting)),
     )
     accuracy = {r["step"]: r["eval/accuracy"] for r in metrics.read(run.metrics, "eval")}
     rows = metrics.read(run.metrics, "step")
@@ -158,6 +169,7 @@ def summary_of_ours(learning: list[Row], cost: list[Row], config: RunConfig) -> 
         "learner_idle_frac": statistics.median(r["learner/idle_frac"] for r in measured),
         "samples_per_step": (samples(last) - samples(warm)) / (last["step"] - warm["step"]),
         "cpu_s_per_384_samples": sum(cpu_s.values()) / batches,
+        "cpu_s_per_step": sum(cpu_s.values()) / (last["step"] - warm["step"]),
         "cpu_s_per_384_samples_by_process": {k: v / batches for k, v in cpu_s.items()},
         "peak_memory_mib": {
             role: last[f"{role}/peak_memory_mib"] for role in ("learner", "actor", "buffer")
@@ -178,11 +190,13 @@ def summary_of_peer(learning: list[Row], cost: list[Row]) -> Row:
     reached = next((r for r in learning if r["step"] and r.get("accuracy", 0) >= TARGET), None)
     warm, last = cost[2], cost[-1]
     seconds = [b["elapsed_s"] - a["elapsed_s"] for a, b in zip(cost[2:], cost[3:], strict=False)]
+    cpu_s = (last["cpu_s"] - warm["cpu_s"]) / (last["step"] - warm["step"])
     return {
         "startup_s": cost[0]["elapsed_s"],
         "step_s": statistics.median(seconds),
         "samples_per_step": SAMPLES_PER_BATCH,
-        "cpu_s_per_384_samples": (last["cpu_s"] - warm["cpu_s"]) / (last["step"] - warm["step"]),
+        "cpu_s_per_384_samples": cpu_s,
+        "cpu_s_per_step": cpu_s,
         "peak_memory_mib": {"trainer": last["peak_memory_mib"]},
         "steps_to_target": reached["step"] if reached else None,
         "wall_s_to_target": reached["elapsed_s"] if reached else None,
@@ -214,12 +228,12 @@ def show(result: Row, peer: str | None) -> None:
     print(f"\n{result['machine']}; commit {result['commit']}; seed {result['seed']}")
     for name in OURS:
         show_parts(name, result[name])
-    print(f"\n{'':24}" + "".join(f"{name:>16}" for name in systems))
-    names = ("startup_s", "step_s", "samples_per_step", "cpu_s_per_384_samples")
+    print(f"\n{'':28}" + "".join(f"{name:>12}" for name in systems))
+    names = ("startup_s", "step_s", "samples_per_step", "cpu_s_per_384_samples", "cpu_s_per_step")
     names += ("steps_to_target", "wall_s_to_target", "samples_to_target")
     for name in names:
         cells = [result[system][name] for system in systems]
-        print(f"{name:24}" + "".join(f"{'-' if c is None else f'{c:.2f}':>16}" for c in cells))
+        print(f"{name:28}" + "".join(f"{'-' if c is None else f'{c:.2f}':>12}" for c in cells))
     for system in systems:
         memory = ", ".join(f"{k} {v:.0f}" for k, v in result[system]["peak_memory_mib"].items())
         print(f"{system}: peak memory MiB: {memory}")
