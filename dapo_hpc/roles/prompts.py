@@ -18,7 +18,8 @@ def main(run: RunDir, config: RunConfig) -> int:
         _log.info("prompts are prepared already: %s", run.train_prompts)
         return 0
     os.environ["HF_HUB_OFFLINE"] = "1"
-    with startup.quick_start():
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    with startup.quick_start(), startup.without("torch"):
         from transformers import AutoTokenizer
 
         from dapo_hpc.prompts.prepare import prepare
