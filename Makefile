@@ -9,10 +9,10 @@ RUN := $(shell n=demo-$(SEED); r=$$n; i=2; \
 endif
 DEMO_SET := --set run.seed=$(SEED) --set run.name=$(RUN)
 
-.PHONY: help setup demo test test-full check lint fmt golden bench bench-peer clean
+.PHONY: help setup demo test test-full check lint fmt golden bench bench-peer bench-kernels clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
 
 setup:  ## .venv with the tested versions; a second run does nothing
 	@PYTHON=$(PYTHON) bash requirements/setup.sh
@@ -50,6 +50,10 @@ bench: setup  ## what a step of the demo costs
 bench-peer: setup  ## the same, with TRL beside it (in .venv-peer)
 	@bash perf/setup_peer.sh
 	$(PY) perf/bench_demo.py --peer trl
+
+bench-kernels: setup  ## the kernels beside their peers, 9 minutes on a GPU
+	@PYTHON=$(PY) bash perf/setup_kernel_peers.sh
+	$(PY) perf/run_all.py --minutes 9
 
 clean:  ## caches and build products; runs, data and .venv stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -29,6 +29,7 @@ MODELS = [
     "safetensors>=0.5",
     "torch==2.13.0",
     "transformers>=5.16,<5.20",
+    "triton>=3.6",
 ]
 
 setup(

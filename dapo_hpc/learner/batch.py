@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from dapo_hpc.buffer.messages import decode, encode
-from dapo_hpc.config import RunConfig
+from dapo_hpc.config import LossSection, RunConfig
 from dapo_hpc.learner.advantage import group_advantages
 from dapo_hpc.learner.correction import non_finite_tokens
 from dapo_hpc.learner.forward import Row, row
+from dapo_hpc.learner.head import LossInputs
 from dapo_hpc.learner.model import Policy
 from dapo_hpc.learner.packing import (
     MicroBatch,
@@ -35,11 +36,22 @@ class Micro:
     tokens: MicroBatch
     row: Row
     old_logprobs: Tensor | None = None
-    """[T] float32, nats; the policy's before the step's first update."""
-    importance_weights: Tensor | None = None
-    """[T] float32; None when loss.importance_sampling is off."""
+    """[T] float32, nats; the policy's before the step's first update. 0 where nothing trains."""
     ref_logprobs: Tensor | None = None
-    """[T] float32, nats; None when loss.kl_coef is 0."""
+    """The same of the reference policy; None when loss.kl_coef is 0."""
+
+    def loss_inputs(self, rule: LossSection) -> LossInputs:
+        """Once it is scored; on the last stage."""
+        assert self.old_logprobs is not None, "scoring fills old_logprobs on the last stage"
+        is_corrected = rule.importance_sampling == "token"
+        return LossInputs(
+            old_logprobs=self.old_logprobs,
+            rollout_logprobs=self.tokens.rollout_logprobs if is_corrected else None,
+            ref_logprobs=self.ref_logprobs,
+            advantages=self.tokens.advantages,
+            token_weights=self.tokens.token_weights,
+            rule=rule,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +113,13 @@ def build(
 
 def _row(policy: Policy, tokens: MicroBatch) -> Row:
     lengths = np.diff(tokens.cu_seqlens.numpy()).astype(np.int64)
-    return row(policy, tokens.token_ids.numpy(), tokens.targets.numpy(), lengths)
+    return row(
+        policy,
+        tokens.token_ids.numpy(),
+        tokens.targets.numpy(),
+        lengths,
+        is_wanted=tokens.loss_mask.numpy(),
+    )
 
 
 def _dropped(

@@ -1,7 +1,8 @@
 """The engine that samples and the learner that trains do not compute the same log-probs.
 
-Three defences: weights that correct for the difference token by token, figures that show it, and
-a guard against tokens for which the engine gave no finite number.
+Three defences: importance weights, which the loss forms token by token (loss.importance_sampling);
+figures that show the difference; and a guard against tokens for which the engine gave no finite
+number.
 """
 
 from __future__ import annotations
@@ -18,24 +19,6 @@ from dapo_hpc.records import Group
 
 MAX_LOGRATIO = 20.0
 """Log-ratios are clamped to +-20 nats before exp, as in the loss."""
-
-
-def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, *, cap: float) -> Tensor:
-    """min(exp(old - rollout), cap) for each token: truncated importance sampling.
-
-    Source: Yao et al., "Your efficient RL framework secretly brings you off-policy RL training".
-
-    Args:
-        old_logprobs: [T] float32, nats; the learner's, before the step's first update.
-        rollout_logprobs: [T] float32, nats; the engine's, at sampling time.
-        cap: largest weight.
-
-    Returns:
-        [T], without gradient. What stands at tokens that do not train has no meaning; the loss
-        does not look there.
-    """
-    logratio = (old_logprobs.detach() - rollout_logprobs).clamp(-MAX_LOGRATIO, MAX_LOGRATIO)
-    return logratio.exp().clamp(max=cap)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,15 @@
-"""Packed rows through the policy: log-probs with or without gradients, on any parallel layout."""
+"""Packed rows through the policy: log-probs or losses, on any parallel layout.
+
+log_probs              scores, without gradients
+forward_backward       gradients of any loss of the log-probs
+forward_backward_dapo  gradients of DAPO's loss
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,11 +17,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from dapo_hpc.learner.attention import PackedSequences, describe
+from dapo_hpc.learner.head import LossInputs, Score, Targets, Train
 from dapo_hpc.learner.model import Policy
+from dapo_kernels import DapoLossStats
 
 Stats = Any
 Loss = Callable[[int, Tensor, Tensor], tuple[Tensor, Stats]]
 """(number of the row, log-probs [T], entropy [T]) -> this row's share of the loss, statistics."""
+Job = TypeVar("Job", Score, Train)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +33,8 @@ class Row:
 
     token_ids: Tensor
     """[1, T'] int64; T' is T and what filling it took."""
-    targets: Tensor
-    """[1, T'] int64: the token whose log-prob each place gives."""
+    targets: Targets
+    """Of the T' places."""
     sequences: PackedSequences
     num_tokens: int
     """T: places that hold real tokens; the rest fills the row and is cut off."""
@@ -36,7 +44,13 @@ class Row:
         return self.token_ids.shape[1] - self.num_tokens
 
 
-def row(policy: Policy, token_ids: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> Row:
+def row(
+    policy: Policy,
+    token_ids: np.ndarray,
+    targets: np.ndarray,
+    lengths: np.ndarray,
+    is_wanted: np.ndarray | None = None,
+) -> Row:
     """Move a packed micro-batch to the device.
 
     A filler sequence is added where Megatron needs one: for an empty micro-batch, and under
@@ -45,8 +59,10 @@ def row(policy: Policy, token_ids: np.ndarray, targets: np.ndarray, lengths: np.
     Args:
         policy: whose device and layout the row is for.
         token_ids: [T] int64.
-        targets: [T] int64.
+        targets: [T] int64; the token whose log-prob each place gives.
         lengths: [B] tokens of each sequence; their sum is T.
+        is_wanted: [T] bool; the other places do not go through the output layer, and their
+            log-prob and entropy are 0. None: all are wanted.
     """
     count = len(token_ids)
     multiple = policy.processes.layout.tensor if policy.config.sequence_parallel else 1
@@ -56,9 +72,10 @@ def row(policy: Policy, token_ids: np.ndarray, targets: np.ndarray, lengths: np.
         token_ids, targets = (np.concatenate([x, zeros]) for x in (token_ids, targets))
         lengths = np.append(lengths, filler)
     device = policy.processes.device
+    places = None if is_wanted is None else torch.from_numpy(np.flatnonzero(is_wanted)).to(device)
     return Row(
         token_ids=torch.from_numpy(token_ids).to(device)[None],
-        targets=torch.from_numpy(targets).to(device)[None],
+        targets=Targets(token_ids=torch.from_numpy(targets).to(device), places=places),
         sequences=describe(lengths, policy.rotary, device),
         num_tokens=count,
     )
@@ -73,11 +90,35 @@ def forward_backward(policy: Policy, rows: Sequence[Row], loss: Loss) -> list[St
         What `loss` gave beside the loss for each row; empty where this rank is not the last stage.
     """
 
-    def with_count(number: int, output: Tensor) -> tuple[Tensor, Tensor, Stats]:
-        value, stats = loss(number, *_log_probs(rows[number], output))
-        return value, torch.zeros((), dtype=torch.int, device=output.device), stats
+    def finish(number: int, _job: Score, output: Tensor) -> tuple[Tensor, Stats]:
+        return loss(number, *_log_probs(rows[number], output))
 
-    return _schedule(policy, rows, with_count, is_training=True)
+    return _schedule(policy, rows, lambda number: Score(rows[number].targets), finish)
+
+
+def forward_backward_dapo(
+    policy: Policy, rows: Sequence[Row], inputs: Callable[[int], LossInputs]
+) -> list[tuple[Tensor, DapoLossStats]]:
+    """`forward_backward` of DAPO's loss; the head forms the gradients in its forward pass.
+
+    Args:
+        policy: the model.
+        rows: packed micro-batches, without filler unless they are empty.
+        inputs: of the row of that number; asked for on the last stage only.
+
+    Returns:
+        Each row's share of the loss and its statistics; empty where this rank is not the last
+        stage.
+    """
+
+    def job(number: int) -> Train:
+        return Train(rows[number].targets, inputs(number))
+
+    def finish(_number: int, job: Train, output: Tensor) -> tuple[Tensor, Stats]:
+        loss = output.sum()  # of one number; not a view, because Megatron frees it
+        return loss, (loss.detach(), job.stats)
+
+    return _schedule(policy, rows, job, finish)
 
 
 @torch.no_grad()
@@ -95,18 +136,13 @@ def log_probs(
         One pair for each row; empty where this rank is not the last stage.
     """
 
-    def pair(number: int, output: Tensor) -> tuple[Tensor, Tensor, Stats]:
-        zero = torch.zeros((), device=output.device)
-        return zero, zero.to(torch.int), _log_probs(rows[number], output)
+    def job(number: int) -> Score:
+        return Score(rows[number].targets, temperature)
 
-    head = policy.head
-    if temperature is None or head is None:
-        return _schedule(policy, rows, pair, is_training=False)
-    usual, head.temperature = head.temperature, temperature
-    try:
-        return _schedule(policy, rows, pair, is_training=False)
-    finally:
-        head.temperature = usual
+    def finish(number: int, _job: Score, output: Tensor) -> tuple[Tensor, Stats]:
+        return torch.zeros((), device=output.device), _log_probs(rows[number], output)
+
+    return _schedule(policy, rows, job, finish, is_training=False)
 
 
 def _log_probs(of: Row, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,19 +154,37 @@ def _log_probs(of: Row, output: Tensor) -> tuple[Tensor, Tensor]:
 def _schedule(
     policy: Policy,
     rows: Sequence[Row],
-    finish: Callable[[int, Tensor], tuple[Tensor, Tensor, Stats]],
+    job: Callable[[int], Job],
+    finish: Callable[[int, Job, Tensor], tuple[Tensor, Stats]],
     *,
-    is_training: bool,
+    is_training: bool = True,
 ) -> list[Stats]:
-    """Megatron's pipeline schedule over the rows; every stage sees every row."""
+    """Megatron's pipeline schedule over the rows; every stage sees every row.
+
+    Args:
+        policy: the model.
+        rows: packed micro-batches.
+        job: what the head of the last stage does with the row of that number.
+        finish: makes loss and statistics of a row's number, its job and the head's output. The
+            loss is added up and scaled by nothing.
+        is_training: with backward passes.
+    """
 
     def forward_step(numbers: Iterator[int], model: Any) -> tuple[Tensor, Any]:
         number = next(numbers)
         current = rows[number]
-        if policy.head is not None:
-            policy.head.token_ids = current.targets
+        head, todo = policy.head, None
+        if head is not None:
+            head.job = todo = job(number)
         output = model(current.token_ids, None, None, packed_seq_params=current.sequences)
-        return output, lambda value: finish(number, value)
+
+        def loss_of(output: Tensor) -> tuple[Tensor, Tensor, Stats]:
+            assert todo is not None, "Megatron asks for the loss on the last stage only"
+            no_count = torch.zeros((), dtype=torch.int, device=output.device)
+            loss, stats = finish(number, todo, output)
+            return loss, no_count, stats
+
+        return output, loss_of
 
     results: list[Stats] = get_forward_backward_func()(
         forward_step_func=forward_step,

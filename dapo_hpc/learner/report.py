@@ -18,7 +18,18 @@ from dapo_hpc.records import GroupSummary
 from dapo_kernels import DapoLossStats
 
 KIB_PER_MIB = 1024
-SUMS = ("loss", "tokens", "clipped_high", "clipped_low", "dual_clipped", "kl_sum")
+SUMS = (
+    "loss",
+    "tokens",
+    "clipped_high",
+    "clipped_low",
+    "dual_clipped",
+    "impossible",
+    "logratio_sum",
+    "ratio_sum",
+    "kl_sum",
+)
+"""The loss, and fields of DapoLossStats."""
 
 
 class Stopwatch:
@@ -74,6 +85,9 @@ class UpdateFigures:
             "learner/clipped_high_frac": total["clipped_high"] / tokens,
             "learner/clipped_low_frac": total["clipped_low"] / tokens,
             "learner/dual_clipped_frac": total["dual_clipped"] / tokens,
+            "learner/tokens_impossible": total["impossible"],
+            "learner/old_kl": -total["logratio_sum"] / tokens,
+            "learner/ratio_mean": total["ratio_sum"] / tokens,
             "learner/first_ratio_max_diff": here.max_over_ranks(self.first_ratio_max_diff).item(),
             "learner/grad_norm": float(np.mean(norms)) if norms else 0.0,
             "learner/skipped_updates": float(sum(u.is_skipped for u in self.updates)),

@@ -183,7 +183,7 @@ def _pack(policy: Policy, pairs: Sequence[Pair], weight: float) -> SftRow:
     for end, (_, response) in zip(np.cumsum(lengths), pairs, strict=True):
         weights[end - 1 - len(response) : end - 1] = weight
     # The last place of a sequence has no target and no weight.
-    packed = row(policy, tokens, np.roll(tokens, -1), lengths)
+    packed = row(policy, tokens, np.roll(tokens, -1), lengths, is_wanted=weights > 0)
     return SftRow(packed, torch.from_numpy(weights).to(policy.processes.device))
 
 

@@ -6,13 +6,11 @@ import logging
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from dapo_hpc.config import LossSection, OptimizerSection
 from dapo_hpc.learner.batch import Micro, TrainBatch, build, fetch_groups
-from dapo_hpc.learner.correction import Mismatch, importance_weights, measure_mismatch
-from dapo_hpc.learner.forward import forward_backward, log_probs
-from dapo_hpc.learner.optimizer import Optimizer
+from dapo_hpc.learner.correction import Mismatch, measure_mismatch
+from dapo_hpc.learner.forward import forward_backward_dapo, log_probs
 from dapo_hpc.learner.packing import plan_step
 from dapo_hpc.learner.parallel import Processes
 from dapo_hpc.learner.report import (
@@ -23,7 +21,6 @@ from dapo_hpc.learner.report import (
     process_metrics,
 )
 from dapo_hpc.learner.session import Session
-from dapo_kernels import dapo_loss
 
 log = logging.getLogger(__name__)
 
@@ -117,19 +114,16 @@ class Scored:
 
 
 def score(session: Session, batch: TrainBatch, policy_step: int) -> Scored:
-    """Fill in old log-probs, importance weights and reference log-probs. Collective."""
+    """Fill in old and reference log-probs, and compare with the engine's. Collective."""
     micros = batch.micros()
     rows = [micro.row for micro in micros]
-    loss, here = session.config.loss, session.processes
-    cap = loss.importance_cap
+    here, cap = session.processes, session.config.loss.importance_cap
     engine, trained = Mismatch.empty(here.device), Mismatch.empty(here.device)
     entropy_sum = torch.zeros((), dtype=torch.float64, device=here.device)
     # On stages before the last there are no log-probs, and both loops end at once.
     for micro, (old, entropy) in zip(micros, log_probs(session.policy, rows), strict=False):
         rollout, mask = micro.tokens.rollout_logprobs, micro.tokens.loss_mask
         micro.old_logprobs = old
-        if loss.importance_sampling == "token":
-            micro.importance_weights = importance_weights(old, rollout, cap=cap)
         is_own = mask & (micro.tokens.sampling_steps == policy_step)
         engine = engine.merge(measure_mismatch(old, rollout, is_own, cap=cap))
         trained = trained.merge(measure_mismatch(old, rollout, mask, cap=cap))
@@ -165,27 +159,11 @@ def check_mismatch(mismatch: Mismatch, loss: LossSection, step: int) -> None:
 
 def update(session: Session, mini_batch: list[Micro], lr: float, figures: UpdateFigures) -> None:
     """One optimizer step on one mini-batch."""
-    loss = session.config.loss
-
-    def clip_higher(number: int, logprobs: Tensor, _entropy: Tensor) -> tuple[Tensor, None]:
-        micro = mini_batch[number]
-        assert micro.old_logprobs is not None, "scoring fills old_logprobs on the last stage"
-        value, stats = dapo_loss(
-            logprobs,
-            micro.old_logprobs,
-            micro.tokens.advantages,
-            micro.tokens.token_weights,
-            clip_low=loss.clip_low,
-            clip_high=loss.clip_high,
-            dual_clip=loss.dual_clip,
-            importance_weights=micro.importance_weights,
-            ref_logprobs=micro.ref_logprobs,
-            kl_coef=loss.kl_coef,
-        )
-        figures.add(value, stats)
-        return value, None
-
-    optimizer: Optimizer = session.optimizer
+    loss, optimizer = session.config.loss, session.optimizer
     optimizer.zero_grad()
-    forward_backward(session.policy, [micro.row for micro in mini_batch], clip_higher)
+    rows = [micro.row for micro in mini_batch]
+    for value, stats in forward_backward_dapo(
+        session.policy, rows, lambda number: mini_batch[number].loss_inputs(loss)
+    ):
+        figures.add(value, stats)
     figures.updates.append(optimizer.step(lr))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
@@ -43,6 +44,8 @@ def problem(line: str) -> str | None:
         except SystemExit:
             return "dapo does not take these words"
         return None
+    if words[0] in ("python", ".venv/bin/python") and words[1] == "-m":
+        return None if importlib.util.find_spec(words[2]) else f"no module {words[2]}"
     if words[0] in ("python", ".venv/bin/python"):
         return None if (ROOT / words[1]).exists() else f"no file {words[1]}"
     return f"this test does not know {words[0]!r}"
@@ -57,10 +60,26 @@ def test_command_can_be_run(document: str, line: str) -> None:
     assert problem(line) is None, f"{document}: {line}: {problem(line)}"
 
 
-@pytest.mark.parametrize("line", ["make nothing", "dapo trian x.toml", "python perf/none.py"])
+WRONG = ["make nothing", "dapo trian x.toml", "python perf/none.py", "python -m dapo_kernels.none"]
+
+
+@pytest.mark.parametrize("line", WRONG)
 def test_a_wrong_command_is_noticed(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert problem(line) is not None
     capsys.readouterr()
+
+
+def examples() -> Iterator[tuple[str, str]]:
+    """(document, text) of every Python block."""
+    for document in DOCUMENTS:
+        for block in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL):
+            yield document.name, block
+
+
+@pytest.mark.parametrize(("document", "block"), list(examples()))
+def test_example_runs(document: str, block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(block, document, "exec"), {})
+    assert "nan" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -1,4 +1,4 @@
-"""Importance weights and mismatch figures against plain arithmetic."""
+"""Mismatch figures against plain arithmetic."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from random_batches import random_batch
 
 from dapo_hpc.learner.correction import (
     Mismatch,
-    importance_weights,
     measure_mismatch,
     non_finite_tokens,
 )
@@ -25,20 +24,6 @@ def draw(num_tokens: int = 300) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     rollout = -torch.rand(num_tokens, generator=generator) * 3
     old = rollout + torch.randn(num_tokens, generator=generator)
     return old, rollout, torch.rand(num_tokens, generator=generator) > 0.3
-
-
-def test_importance_weights_by_hand() -> None:
-    old = torch.tensor([-1.0, -1.0, -1.0, -1.0, -50.0, -1.0])
-    rollout = torch.tensor([-1.0, -2.0, -1.5, -0.5, -1.0, -90.0])
-    expected = [1.0, CAP, math.exp(0.5), math.exp(-0.5), math.exp(-20.0), CAP]
-    torch.testing.assert_close(
-        importance_weights(old, rollout, cap=CAP), torch.tensor(expected), rtol=1e-6, atol=0
-    )
-
-
-def test_importance_weights_carry_no_gradient() -> None:
-    old, rollout, _ = draw()
-    assert not importance_weights(old.requires_grad_(), rollout, cap=CAP).requires_grad
 
 
 def literal_metrics(differences: list[float]) -> dict[str, float]:

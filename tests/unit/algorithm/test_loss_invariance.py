@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dapo_hpc.config import AdvantageSection
 from dapo_hpc.learner.advantage import group_advantages
-from dapo_hpc.learner.correction import importance_weights, non_finite_tokens
+from dapo_hpc.learner.correction import non_finite_tokens
 from dapo_hpc.learner.packing import (
     Member,
     MicroBatch,
@@ -24,7 +25,7 @@ from dapo_hpc.learner.packing import (
     token_weights,
     trained_tokens,
 )
-from dapo_kernels import dapo_loss, linear_logprob
+from dapo_kernels import linear_dapo_loss, linear_logprob
 
 CLIP_LOW, CLIP_HIGH, CAP, LONGEST = 0.2, 0.28, 2.0, 16
 NORMALIZATIONS: tuple[Normalization, ...] = (
@@ -54,30 +55,28 @@ class Model(torch.nn.Module):
         pieces = embedded.split([b - a for a, b in zip(bounds, bounds[1:], strict=False)])
         return torch.tanh(torch.cat([piece.cumsum(0) for piece in pieces]))
 
-    def logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return linear_logprob(
-            hidden,
-            weight,
-            targets,
-            temperature=0.9,
-            vocab_start=0,
-            valid_vocab=VOCAB,
-            group=None,
-            chunk_tokens=5,
-        )[0]
-
 
 def micro_batch_loss(model: Model, micro: MicroBatch) -> Tensor:
+    """The learner's way: the same places scored and trained, in small chunks."""
     hidden = model.hidden(micro.token_ids, micro.positions, micro.cu_seqlens.tolist())
-    old = model.logprobs(hidden.detach(), model.old_weight, micro.targets)
-    loss, _ = dapo_loss(
-        model.logprobs(hidden, model.weight, micro.targets),
+    layout: dict[str, Any] = {
+        "temperature": 0.9,
+        "rows": micro.loss_mask.nonzero().squeeze(1),
+        "chunk_tokens": 5,
+    }
+    old, _ = linear_logprob(hidden.detach(), model.old_weight, micro.targets, **layout)
+    loss, _ = linear_dapo_loss(
+        hidden,
+        model.weight,
+        micro.targets,
         old,
-        micro.advantages,
-        micro.token_weights,
+        micro.rollout_logprobs.double(),
+        micro.advantages.double(),
+        micro.token_weights.double(),
         clip_low=CLIP_LOW,
         clip_high=CLIP_HIGH,
-        importance_weights=importance_weights(old, micro.rollout_logprobs, cap=CAP),
+        importance_cap=CAP,
+        **layout,
     )
     return loss
 

@@ -123,6 +123,24 @@ def test_ratio_of_the_first_mini_batch_is_exactly_one(here: Processes, tmp_path:
         assert row_of(session, step)["learner/first_ratio_max_diff"] == 0.0
 
 
+def test_ratio_figures_show_that_the_policy_leaves_the_old_one(
+    here: Processes, tmp_path: Path
+) -> None:
+    figures = []
+    for mini_batches in (1, 4):
+        session, _ = start(
+            here,
+            tmp_path / str(mini_batches),
+            learner={"mini_batches": mini_batches},
+            optimizer={"lr": 1e-2, "warmup_steps": 0},
+        )
+        figures.append(rollout_step(session, 1))
+    assert figures[0]["learner/ratio_mean"] == 1.0
+    assert figures[0]["learner/old_kl"] == 0.0
+    assert figures[1]["learner/ratio_mean"] != 1.0
+    assert figures[1]["learner/old_kl"] != 0.0
+
+
 def test_every_figure_of_a_step_is_described_and_present(here: Processes, tmp_path: Path) -> None:
     session, _ = start(here, tmp_path, loss={"kl_coef": 0.1})
     rollout_step(session, 1)
@@ -132,6 +150,7 @@ def test_every_figure_of_a_step_is_described_and_present(here: Processes, tmp_pa
     assert row["learner/tokens"] == sum(
         len(r.token_ids) for group in FakeBuffer().batch(1) for r in group.responses
     )
+    assert row["learner/tokens_impossible"] == 0
 
 
 def test_kl_to_the_start_is_zero_at_first_and_grows(here: Processes, tmp_path: Path) -> None:
