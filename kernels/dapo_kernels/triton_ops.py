@@ -15,7 +15,7 @@ LANES = 256
 ROW_WARPS = 8
 LOGITS_PER_LANE = 16
 """Of a block, in loads of 16 bytes: two of bfloat16, four of float32. With twice as many the
-statistics of bfloat16 need 126 registers instead of 64, so two programs share a multiprocessor
+statistics of bfloat16 need 125 registers instead of 64, so two programs share a multiprocessor
 instead of four."""
 ROWS_PER_PROGRAM = 128
 COMBINE_WARPS = 4
