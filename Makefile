@@ -9,7 +9,7 @@ RUN := $(shell n=demo-$(SEED); r=$$n; i=2; \
 endif
 DEMO_SET := --set run.seed=$(SEED) --set run.name=$(RUN)
 
-.PHONY: help setup demo test test-full check lint fmt golden bench bench-peer bench-kernels clean
+.PHONY: help setup demo test test-full check lint fmt golden bench bench-peer bench-kernels bench-learner clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
@@ -54,6 +54,9 @@ bench-peer: setup  ## the same, with TRL beside it (in .venv-peer)
 bench-kernels: setup  ## the kernels beside their peers, 9 minutes on a GPU
 	@PYTHON=$(PY) bash perf/setup_kernel_peers.sh
 	$(PY) perf/run_all.py --minutes 9
+
+bench-learner: setup  ## a step of the learner in each layout, beside a plain step
+	$(PY) perf/bench_learner.py
 
 clean:  ## caches and build products; runs, data and .venv stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="command")
     _add_runs(verbs)
+    _add_conversions(verbs)
     _add_looks(verbs)
     _add_role(verbs)
     return top
@@ -66,6 +67,25 @@ def _add_runs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     data.set_defaults(command=_demo_data)
 
 
+def _add_conversions(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = verbs.add_parser("export", help="a checkpoint becomes a Hugging Face directory")
+    export.add_argument("source", type=Path, help="run directory, or one checkpoint")
+    export.add_argument("target", type=Path, help="directory to write")
+    export.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
+    export.add_argument(
+        "--model", type=Path, help="where config and tokenizer are (default: the run's model)"
+    )
+    export.set_defaults(command=_export)
+
+    import_ = verbs.add_parser("import", help="a Hugging Face directory becomes a checkpoint")
+    import_.add_argument("model", type=Path, help="Hugging Face directory")
+    import_.add_argument("target", type=Path, help="directory to write")
+    import_.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="of the checkpoint (default: the model's)"
+    )
+    import_.set_defaults(command=_import)
+
+
 def _add_looks(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     status = verbs.add_parser("status", help="where a run stands, from its files alone")
     status.add_argument("run", type=Path, help="run directory")
@@ -75,8 +95,9 @@ def _add_looks(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     report.add_argument("run", type=Path, help="run directory")
     report.set_defaults(command=_report)
 
-    check = verbs.add_parser("check", help="look for problems in a config; start nothing")
+    check = verbs.add_parser("check", help="the plan of a run and its problems; starts nothing")
     check.add_argument("config", type=Path)
+    check.add_argument("--json", action="store_true", help="bytes and counts for a program")
     _add_set(check)
     check.set_defaults(command=_check)
 
@@ -143,6 +164,24 @@ def _demo_data(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    from dapo_hpc.learner import convert
+
+    convert.use_one_thread()
+    print(convert.export_checkpoint(args.source, args.target, step=args.step, model=args.model))
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from dapo_hpc.learner import convert
+    from dapo_hpc.learner.model import DTYPES
+
+    convert.use_one_thread()
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    print(convert.import_model(args.model, args.target, dtype=dtype))
+    return 0
+
+
 def _status(args: argparse.Namespace) -> int:
     from dapo_hpc.observe.status import status_text
     from dapo_hpc.run_dir import RunDir
@@ -160,15 +199,18 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    config = _load(args)
-    rollout, learner = config.rollout, config.learner
-    ranks = learner.tensor_parallel * learner.pipeline_parallel * learner.data_parallel
-    print(
-        f"{args.config}: no problems. {config.run.total_steps} steps of "
-        f"{rollout.prompts_per_step} prompts x {rollout.group_size} responses, "
-        f"{learner.mini_batches} updates each; {ranks} learner processes, "
-        f"{rollout.num_actors} actors."
-    )
+    from dapo_hpc.config import ConfigProblems
+    from dapo_hpc.plan import as_json, make_plan, print_plan
+
+    plan = make_plan(_load(args), args.config.parent)
+    if args.json:
+        print(as_json(plan))
+    else:
+        print_plan(plan)
+    if plan.problems:
+        raise ConfigProblems(args.config.name, plan.problems)
+    if not args.json:
+        print(f"{args.config}: no problems.")
     return 0
 
 

@@ -5,12 +5,14 @@ frozen RunConfig, or raises ConfigProblems with every problem of the file at onc
 """
 
 from dapo_hpc.config.checks import cross_checks
+from dapo_hpc.config.frozen import Frozen
 from dapo_hpc.config.loading import ConfigProblems, dump, known_keys, load, parse
 from dapo_hpc.config.profiles import PROFILES
 from dapo_hpc.config.sections import (
     AdvantageSection,
     BufferSection,
     EvalSection,
+    HardwareSection,
     LaunchSection,
     LearnerSection,
     LossSection,
@@ -32,6 +34,8 @@ __all__ = [
     "BufferSection",
     "ConfigProblems",
     "EvalSection",
+    "Frozen",
+    "HardwareSection",
     "LaunchSection",
     "LearnerSection",
     "LossSection",

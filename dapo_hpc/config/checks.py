@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dapo_hpc.config.sections import RunConfig
+from dapo_hpc.config.frozen import Frozen
+from dapo_hpc.config.sections import LearnerSection, RunConfig
 
 
 def cross_checks(config: RunConfig) -> list[str]:
@@ -31,6 +32,7 @@ def cross_checks(config: RunConfig) -> list[str]:
             "learner.sequence_parallel is true but learner.tensor_parallel is 1: there is nothing "
             "to split. Raise learner.tensor_parallel, or set learner.sequence_parallel to false."
         )
+    found += _learning_rate(config) + _learner(learner)
     if config.buffer.heartbeat_s * 3 > config.buffer.lease_s:
         found.append(
             f"buffer.heartbeat_s = {config.buffer.heartbeat_s} is more than a third of "
@@ -54,4 +56,38 @@ def cross_checks(config: RunConfig) -> list[str]:
             f"{rollout.group_size}: an engine could not hold one group. Raise "
             "rollout.max_sequences."
         )
+    return found
+
+
+def _learning_rate(config: RunConfig) -> list[str]:
+    optimizer, total = config.optimizer, config.run.total_steps
+    found: list[str] = []
+    if optimizer.schedule == "constant" and optimizer.min_lr_frac:
+        found.append(
+            f"optimizer.min_lr_frac = {optimizer.min_lr_frac} has no meaning while "
+            'optimizer.schedule is "constant". Set optimizer.schedule to "cosine" or "linear", or '
+            "leave optimizer.min_lr_frac out."
+        )
+    if optimizer.schedule != "constant" and optimizer.warmup_steps >= total:
+        found.append(
+            f'optimizer.schedule = "{optimizer.schedule}" falls between optimizer.warmup_steps = '
+            f"{optimizer.warmup_steps} and run.total_steps = {total}: nothing is left to fall "
+            "over. Lower optimizer.warmup_steps."
+        )
+    return found
+
+
+def _learner(learner: LearnerSection) -> list[str]:
+    found: list[str] = []
+    replicas = learner.data_parallel * learner.context_parallel
+    if replicas % learner.expert_parallel:
+        found.append(
+            f"learner.expert_parallel = {learner.expert_parallel} does not divide "
+            f"learner.data_parallel * learner.context_parallel = {replicas}, whose ranks share the "
+            "experts. Set it to a divisor."
+        )
+    try:
+        Frozen.of(learner.freeze)
+    except ValueError as problem:
+        found.append(str(problem))
     return found

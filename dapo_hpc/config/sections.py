@@ -145,7 +145,7 @@ class AdvantageSection(Section):
 class LossSection(Section):
     """The objective. Source: DAPO, Eq. 8."""
 
-    clip_low: PositiveFloat = 0.2
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """epsilon_low."""
     clip_high: PositiveFloat = 0.28
     """epsilon_high."""
@@ -181,6 +181,11 @@ class OptimizerSection(Section):
     first = first_warmup_step."""
     first_warmup_step: Literal[0, 1] = 1
     """0: the first step of a warm-up has learning rate 0. Source: verl's scheduler."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up: stay, or fall to lr * min_lr_frac at run.total_steps, along half a cosine
+    or a straight line. Source: DAPO, section 4.1 (constant)."""
+    min_lr_frac: Fraction = 0.0
+    """Share of lr that the last step trains at; of a schedule that falls."""
     weight_decay: NonNegativeFloat = 0.1
     """Not applied to norms and biases. Source: verl's DAPO recipe."""
     beta1: Fraction = 0.9
@@ -188,6 +193,9 @@ class OptimizerSection(Section):
     eps: PositiveFloat = 1e-8
     grad_clip: PositiveFloat = 1.0
     """Global norm. Source: verl's DAPO recipe."""
+    max_skipped_updates: Positive = 5
+    """An update whose gradient is not finite is skipped and counted; after so many in a row the
+    learner stops. Every one sees other responses, so one bad batch cannot reach it."""
 
 
 class LearnerSection(Section):
@@ -198,14 +206,35 @@ class LearnerSection(Section):
     micro_batch_tokens: Positive = 22528
     """Token budget of one forward pass; a longer single sequence still passes alone."""
     tensor_parallel: Positive = 1
+    """Ranks that share every matrix; best inside one node."""
     pipeline_parallel: Positive = 1
+    """Stages that share the layers; divides their number."""
     data_parallel: Positive = 1
+    """Replicas that share the responses of a mini-batch."""
+    context_parallel: Positive = 1
+    """Ranks that share the tokens of a sequence; more than 1 needs TransformerEngine."""
+    expert_parallel: Positive = 1
+    """Ranks, of the data-parallel ones, that share the experts of a layer; more than 1 needs
+    TransformerEngine and a model with experts."""
     sequence_parallel: bool = False
+    """Split norms and residuals over the tensor-parallel ranks by token: less memory, same
+    traffic."""
+    distributed_optimizer: bool = False
+    """Share main parameters and optimizer state out over the data-parallel ranks (ZeRO-1)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing; the core of attention,
+    which saves little where its kernel keeps no scores; or every layer, at a third more compute."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that do not train: "embedding", "output_layer", "final_norm", "layers.7",
+    "layers.0-3" (both included, from 0). See dapo_hpc.config.frozen."""
     threads: Positive = 1
     """OpenMP threads of a learner process on CPU."""
     checkpoint_every: Positive = 5
     """Rollout steps between checkpoints; the last step always has one."""
     keep_checkpoints: Positive = 2
+    """Older ones are deleted."""
+    async_checkpoint: bool = False
+    """Write a checkpoint while the next step is under way."""
 
 
 class WeightsSection(Section):
@@ -252,6 +281,15 @@ class SftSection(Section):
     """Optimizer steps between checkpoints."""
 
 
+class HardwareSection(Section):
+    """What `dapo check` compares its plan with; nothing else reads it."""
+
+    gpus_per_node: NonNegative = 8
+    """0: learner and actors run on processors."""
+    gpu_memory_gib: PositiveFloat = 80.0
+    """Of one GPU, whole."""
+
+
 class LaunchSection(Section):
     """The local launcher."""
 
@@ -282,6 +320,7 @@ class RunConfig(Section):
     weights: WeightsSection = WeightsSection()
     eval: EvalSection = EvalSection()
     sft: SftSection | None = None
+    hardware: HardwareSection = HardwareSection()
     launch: LaunchSection = LaunchSection()
 
     @property

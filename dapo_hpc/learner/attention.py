@@ -11,7 +11,7 @@ Legend: T tokens, B sequences of one run, S its longest length, h heads, d head 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,10 +43,18 @@ class Run:
 class PackedSequences(PackedSeqParams):  # type: ignore[misc]  # Megatron has no types
     """Megatron's description of a packed row, with what our attention needs beside it."""
 
-    cos: Tensor = field(default_factory=lambda: torch.empty(0))
-    """[T, 1, d / 2] float32: rotary angles by position within the sequence."""
-    sin: Tensor = field(default_factory=lambda: torch.empty(0))
+    positions: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[T] int32: of each token within its sequence."""
     runs: tuple[Run, ...] = ()
+    cos: Tensor | None = None
+    """[T, 1, d / 2] float32: rotary angles by position. A row has them only while it passes through
+    the model: for all rows of a step they would take more memory than the model's activations."""
+    sin: Tensor | None = None
+
+    def with_angles(self, rotary: RotaryTable) -> PackedSequences:
+        """For one pass through the model."""
+        cos, sin = rotary.at(self.positions)
+        return replace(self, cos=cos, sin=sin)
 
 
 class RotaryTable:
@@ -57,22 +65,20 @@ class RotaryTable:
         self._scaling = scaling
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin: each [T, 1, d / 2] float32 for positions [T] int64."""
+        """cos, sin: each [T, 1, d / 2] float32 for positions [T]."""
         angles = positions.to(torch.float32)[:, None, None] * self._inverse_frequencies
         return angles.cos() * self._scaling, angles.sin() * self._scaling
 
 
-def describe(lengths: np.ndarray, rotary: RotaryTable, device: torch.device) -> PackedSequences:
-    """Everything attention needs to know about a packed row.
+def describe(lengths: np.ndarray, device: torch.device) -> PackedSequences:
+    """Everything attention needs to know about a packed row but the angles.
 
     Args:
         lengths: [B] tokens of each sequence, in packed order; their sum is T.
-        rotary: angles by position.
         device: of the model.
     """
     ends = np.concatenate([[0], np.cumsum(lengths)])
     positions = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)
-    cos, sin = rotary.at(torch.from_numpy(positions).to(device))
     cu_seqlens = torch.from_numpy(ends.astype(np.int32)).to(device)
     return PackedSequences(
         qkv_format="thd",
@@ -80,8 +86,7 @@ def describe(lengths: np.ndarray, rotary: RotaryTable, device: torch.device) -> 
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=int(lengths.max()),
         max_seqlen_kv=int(lengths.max()),
-        cos=cos,
-        sin=sin,
+        positions=torch.from_numpy(positions.astype(np.int32)).to(device),
         runs=tuple(_run(lengths, ends, a, b, device) for a, b in run_bounds(lengths)),
     )
 
@@ -163,6 +168,8 @@ class PackedAttention(torch.nn.Module):
         """[T, h, d], [T, h_kv, d], [T, h_kv, d] -> [T, h * d]."""
         if packed_seq_params is None or attention_mask is not None or attention_bias is not None:
             raise ValueError("packed attention takes PackedSequences and neither mask nor bias.")
+        if packed_seq_params.cos is None or packed_seq_params.sin is None:
+            raise ValueError("packed attention needs angles; pass sequences.with_angles(rotary).")
         query = _apply(_Rotate, query, packed_seq_params.cos, packed_seq_params.sin)
         key = _apply(_Rotate, key, packed_seq_params.cos, packed_seq_params.sin)
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):

@@ -2,48 +2,36 @@
 
     checkpoints/ step_000010/ step_000012/ LATEST
 
-A checkpoint is written to a temporary directory, made durable and renamed, so a directory with a
-final name is whole. Each carries the digests of its files. Loading takes the newest one that is
-intact and names those that are not.
+A directory with such a name is whole: it is written under another one, made durable and renamed.
+Each carries the digests of its files. Loading takes the newest one that is intact and names those
+that are not. What the tensors are says checkpoint_state.py; the files, checkpoint_files.py; how
+they are written beside training, checkpoint_writer.py.
 
-The tensors are in the format of megatron.core.dist_checkpointing. Its common part is a pickle,
-which is why a run directory belongs to one user.
+The format is that of megatron.core.dist_checkpointing. Its common part is a pickle, which is why a
+run directory belongs to one user.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
-import queue
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import (
-    TorchDistSaveShardedStrategy,
-)
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dapo_hpc.learner import cpu
+from dapo_hpc.learner import checkpoint_files as files
+from dapo_hpc.learner import checkpoint_state, cpu
+from dapo_hpc.learner.checkpoint_files import FILES as FILES
+from dapo_hpc.learner.checkpoint_files import LATEST as LATEST
+from dapo_hpc.learner.checkpoint_writer import Save, make_plan
 from dapo_hpc.learner.model import Policy
 from dapo_hpc.learner.optimizer import Optimizer
 from dapo_hpc.learner.parallel import Processes
-from dapo_hpc.run_dir import fsync_directory, write_json, write_text
-
-LATEST = "LATEST"
-FILES = "files.json"
-"""Name -> [bytes, sha256] of every other file of a checkpoint."""
-TEMPORARY = ".tmp-"
 
 UNREADABLE = (
     OSError,
@@ -64,6 +52,10 @@ class NoUsableCheckpoint(RuntimeError):
     """There are checkpoints, but none can be read; a person must look."""
 
 
+class CheckpointNotWritten(RuntimeError):
+    """The disk did not take a checkpoint. Those before it are whole."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """Where training stands."""
@@ -73,67 +65,126 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints of one directory. Every method is collective."""
+    """The checkpoints of one directory. Every method is collective, unless it says otherwise."""
 
-    def __init__(self, directory: Path, processes: Processes, *, keep: int) -> None:
-        self._directory, self._processes, self._keep = directory, processes, keep
+    def __init__(
+        self, directory: Path, processes: Processes, *, keep: int, is_async: bool = False
+    ) -> None:
+        """
+        Args:
+            directory: of all checkpoints of this training.
+            processes: the ranks that train.
+            keep: how many; older ones are deleted.
+            is_async: `save` returns when the tensors are copied to host memory.
+        """
+        self._directory, self._processes = directory, processes
+        self._keep, self._is_async = keep, is_async
+        self._saving: Save | None = None
+        """The last one begun."""
+        self._unusable: set[int] = set()
         if processes.rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
-            for left in directory.glob(f"{TEMPORARY}*"):
-                shutil.rmtree(left)
+            files.remove_temporary(directory)
         processes.barrier()
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, oldest first."""
-        found = self._directory.glob("step_*")
-        return sorted(int(path.name.removeprefix("step_")) for path in found)
+        """Steps that have a checkpoint, durable, oldest first. Not collective."""
+        return files.steps_in(self._directory)
+
+    def save_when_due(
+        self, policy: Policy, optimizer: Optimizer, progress: Progress, *, every: int, last: int
+    ) -> bool:
+        """`save` at every `every` steps and at step `last`, which is waited for; whether it did."""
+        if progress.step % every and progress.step != last:
+            return False
+        self.save(policy, optimizer, progress)
+        if progress.step == last:
+            self.wait()
+        return True
 
     def save(self, policy: Policy, optimizer: Optimizer, progress: Progress) -> None:
-        """Write a checkpoint. It is durable, and `LATEST` names it, when this returns.
+        """Write a checkpoint; the one before it is waited for.
 
-        Only the newest `keep` are kept.
+        Durability: it is durable, and `LATEST` names it, when this returns, or if `is_async` once
+        `steps` lists it. A kill in between leaves those before it.
+
+        Raises:
+            CheckpointNotWritten: this one could not be written, or the one before it.
         """
-        final = self._path(progress.step)
-        temporary = final.with_name(TEMPORARY + final.name)
-        if self._processes.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-        self._processes.barrier()
-        state = _tensors(policy, optimizer, is_loading=False)
-        state |= {"progress": asdict(progress), "random_state": torch.get_rng_state()}
-        with cpu.cuda_calls_on_cpu(), _written_in_this_process():
-            strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-            dist_checkpointing.save(
-                state, str(temporary), strategy, content_metadata={}, validate_access_integrity=True
+        self.wait()
+        step, root = progress.step, self._directory
+        directory: Path = self._from_rank_0(lambda: files.make_temporary(root, step))
+        state = checkpoint_state.describe(policy, optimizer) | {
+            "progress": asdict(progress),
+            "random_state": torch.get_rng_state(),
+            "updates": {
+                "num_updates": optimizer.num_updates,
+                "num_skipped_in_a_row": optimizer.num_skipped_in_a_row,
+            },
+        }
+        plan = make_plan(
+            directory, state, is_snapshot=self._is_async, is_first=self._saving is None
+        )
+        self._saving = Save(plan, self._processes, root, step, self._retire)
+        self._saving.start()
+        if not self._is_async:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what `save` began is durable.
+
+        Raises CheckpointNotWritten when it cannot be written; PeerLost when another rank died.
+        """
+        if self._saving is not None:
+            self._saving.join()
+            self.check()
+
+    def check(self) -> None:
+        """Raise as `wait` does if what `save` began has failed. Not collective."""
+        saving = self._saving
+        if saving is None or saving.is_alive():
+            return
+        if saving.lost is not None:
+            raise saving.lost
+        if saving.problem:
+            raise CheckpointNotWritten(
+                f"checkpoint {saving.step} could not be written ({saving.problem}). Make sure that "
+                f"there is space in {self._directory}, or lower learner.keep_checkpoints."
             )
-        self._finish(temporary, final)
 
     def load_newest(self, policy: Policy, optimizer: Optimizer) -> Progress | None:
         """Load the newest intact checkpoint; None if there never was one.
 
         Raises NoUsableCheckpoint when there are some and none is intact.
         """
-        steps = self.steps()
+        self.wait()
+        # What rank 0 sees: a shared file system may show the others less.
+        steps: list[int] = self._from_rank_0(self.steps)
         for step in reversed(steps):
-            problem = self._load(self._path(step), policy, optimizer)
-            if not isinstance(problem, str):
-                return problem
-            log.warning("checkpoint %s is not usable (%s); trying an older one.", step, problem)
+            path = files.directory_of(self._directory, step)
+            loaded = self._load(path, policy, optimizer)
+            if not isinstance(loaded, str):
+                return loaded
+            self._unusable.add(step)
+            log.warning("the checkpoint %s is not usable (%s); trying an older one.", path, loaded)
         if not steps:
             return None
         raise NoUsableCheckpoint(
             f"none of the {len(steps)} checkpoints in {self._directory} can be loaded (steps "
-            f"{', '.join(map(str, steps))}). Restore one of them, or delete the directory to start "
-            "from model.path again."
+            f"{', '.join(map(str, steps))}); the warnings above say why. Restore one of them, or "
+            "delete the directory to start from model.path again."
         )
 
-    def _path(self, step: int) -> Path:
-        return self._directory / f"step_{step:06d}"
+    def _from_rank_0(self, ask: Callable[[], Any]) -> Any:
+        """What `ask` answers on rank 0, on every rank."""
+        answer = {"answer": ask()} if self._processes.rank == 0 else {}
+        return self._processes.gather(answer)["answer"]
 
     def _load(self, path: Path, policy: Policy, optimizer: Optimizer) -> Progress | str:
         """The progress, or what is wrong with this checkpoint, the same on every rank."""
-        problem = self._damage(path)
-        if self._processes.agree(problem is not None):
+        here = self._processes
+        problem = files.damage(path, here.rank, here.world)
+        if here.agree(problem is not None):
             return problem or "another rank found it damaged"
         loaded: Progress | str
         try:
@@ -141,111 +192,22 @@ class Checkpoints:
         except UNREADABLE as error:
             loaded = f"{type(error).__name__}: {error}"[:MAX_CAUSE]
         failed = isinstance(loaded, str)
-        if self._processes.agree(failed) and not failed:
+        if here.agree(failed) and not failed:
             return "another rank could not load it"
         return loaded
 
-    def _damage(self, path: Path) -> str | None:
-        """What differs between this rank's share of the files and their digests."""
-        try:
-            expected = json.loads((path / FILES).read_text())
-            for name in sorted(expected)[self._processes.rank :: self._processes.world]:
-                if _digest(path / name) != expected[name]:
-                    return f"{name} does not match its digest"
-        except (OSError, ValueError) as error:
-            return f"{type(error).__name__}: {error}"
-        return None
-
-    def _finish(self, temporary: Path, final: Path) -> None:
-        """Digest and make durable, each rank a share of the files; then rank 0 renames."""
-        here = self._processes
-        here.barrier()
-        names = sorted(path.name for path in temporary.iterdir())
-        mine = {name: _settled(temporary / name) for name in names[here.rank :: here.world]}
-        digests = here.gather(mine)
-        if here.rank == 0:
-            write_json(temporary / FILES, digests)
-            fsync_directory(temporary)
-            shutil.rmtree(final, ignore_errors=True)  # of an abandoned lineage
-            os.rename(temporary, final)
-            write_text(self._directory / LATEST, final.name + "\n")
-            self._retire(int(final.name.removeprefix("step_")))
-        here.barrier()
-
     def _retire(self, newest: int) -> None:
-        """Keep the newest; delete older ones and those of an abandoned future."""
-        past = [step for step in self.steps() if step <= newest]
+        """Keep the newest usable ones; delete older ones and those of an abandoned future."""
+        self._unusable.discard(newest)
+        past = [step for step in self.steps() if step <= newest and step not in self._unusable]
         for step in set(self.steps()) - set(past[-self._keep :]):
-            shutil.rmtree(self._path(step))
-
-
-def _tensors(policy: Policy, optimizer: Optimizer, *, is_loading: bool) -> dict[str, Any]:
-    metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
-    with cpu.cuda_calls_on_cpu():
-        model = policy.module.sharded_state_dict(metadata=metadata)
-        states = optimizer.megatron.sharded_state_dict(
-            model, is_loading=is_loading, metadata=metadata
-        )
-    return {"model": model, "optimizer": states}
+            files.discard(files.directory_of(self._directory, step))
 
 
 def _load(path: Path, policy: Policy, optimizer: Optimizer) -> Progress:
-    state = _tensors(policy, optimizer, is_loading=True)
+    described = checkpoint_state.describe(policy, optimizer)
     with cpu.cuda_calls_on_cpu():
-        state = dist_checkpointing.load(state, str(path))
-        policy.module.load_state_dict(state["model"])
-        optimizer.load_state(state["optimizer"])
-    torch.set_rng_state(state["random_state"])
-    return Progress(**state["progress"])
-
-
-@contextmanager
-def _written_in_this_process() -> Iterator[None]:
-    """Let Megatron write its files here and now.
-
-    Its own way suits saves that outlive the call: one forked process for each file, and a
-    `multiprocessing.Manager`, a whole new Python that imports torch, to hand back their results.
-    That costs seconds for each learner, and forks survive when the learner is killed.
-    """
-    writer = filesystem_async.FileSystemWriterAsync
-    forking = writer.write_preloaded_data_multiproc
-    writer.write_preloaded_data_multiproc = staticmethod(_write_files)
-    filesystem_async._results_queue = queue.SimpleQueue()
-    try:
-        yield
-    finally:
-        writer.write_preloaded_data_multiproc = staticmethod(forking)
-        filesystem_async._results_queue = None
-
-
-def _write_files(
-    transforms: list[Any], _use_msc: bool, _rank: int, buckets: list[Any], results: Any
-) -> None:
-    """Write each bucket to its file; what was written, or the first error, goes to `results`."""
-    written: dict[int, Any] = {}
-    for number, bucket in enumerate(buckets):
-        answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        pending: queue.Queue[int] = queue.Queue()
-        pending.put(number)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transforms, number, bucket, answers, pending, True
-        )
-        _, written[number] = answers.get()
-        if isinstance(written[number], Exception):
-            results.put(written[number])
-            return
-    results.put(written)
-
-
-def _settled(path: Path) -> list[int | str]:
-    """Make a file durable; its digest."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return _digest(path)
-
-
-def _digest(path: Path) -> list[int | str]:
-    """Bytes and sha256."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return [path.stat().st_size, digest]
+        loaded = dist_checkpointing.load(described, str(path))
+        checkpoint_state.load(policy, optimizer, described, loaded)
+    torch.set_rng_state(loaded["random_state"])
+    return Progress(**loaded["progress"])

@@ -56,14 +56,17 @@ def install() -> None:
 def use_plain_random_state() -> None:
     """On a CPU host, let Megatron draw from torch's generator instead of CUDA's tracked ones.
 
-    To be called after `initialize_model_parallel`. Sound because every dropout is 0, so nothing is
-    drawn after the weights are initialised.
+    Recomputed layers draw what they drew before, so Megatron keeps the generators' states and goes
+    back to them: here there is one generator. To be called after `initialize_model_parallel`. Sound
+    because every dropout is 0, so nothing is drawn after the weights are initialised.
     """
     if torch.cuda.is_available():
         return
     from megatron.core.tensor_parallel import random
 
     random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+    random._get_all_rng_states = lambda: (torch.get_rng_state(), None, None)
+    random._set_all_rng_states = lambda state, _cuda, _tracked: torch.set_rng_state(state)
 
 
 def cuda_calls_on_cpu() -> AbstractContextManager[object]:

@@ -76,7 +76,7 @@ def row(
     return Row(
         token_ids=torch.from_numpy(token_ids).to(device)[None],
         targets=Targets(token_ids=torch.from_numpy(targets).to(device), places=places),
-        sequences=describe(lengths, policy.rotary, device),
+        sequences=describe(lengths, device),
         num_tokens=count,
     )
 
@@ -176,7 +176,8 @@ def _schedule(
         head, todo = policy.head, None
         if head is not None:
             head.job = todo = job(number)
-        output = model(current.token_ids, None, None, packed_seq_params=current.sequences)
+        sequences = current.sequences.with_angles(policy.rotary)
+        output = model(current.token_ids, None, None, packed_seq_params=sequences)
 
         def loss_of(output: Tensor) -> tuple[Tensor, Tensor, Stats]:
             assert todo is not None, "Megatron asks for the loss on the last stage only"

@@ -6,9 +6,9 @@ The only file that knows the names of Megatron's configuration.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,63 +27,23 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from safetensors import safe_open
 from torch import Tensor
 
-from dapo_hpc.learner import cpu, head
+from dapo_hpc.config import Frozen, RunConfig
+from dapo_hpc.learner import cpu, freezing, head
 from dapo_hpc.learner.attention import PackedAttention, RMSNorm, RotaryTable
-from dapo_hpc.learner.parallel import Processes
-from dapo_hpc.weights import names
+from dapo_hpc.learner.parallel import Layout, Processes
+from dapo_hpc.weights import families, names
+from dapo_hpc.weights.families import Kind
 from dapo_hpc.weights.names import ModelShape
+from dapo_hpc.weights.source import RandomSource as RandomSource
+from dapo_hpc.weights.source import SafetensorsSource as SafetensorsSource
+from dapo_hpc.weights.source import TensorSource as TensorSource
 
-FAMILIES = ("qwen2", "qwen3", "llama")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """model.dtype of the config."""
-
-
-class TensorSource(Protocol):
-    """Full Hugging Face tensors by name."""
-
-    def get(self, name: str) -> Tensor: ...
-
-
-class SafetensorsSource:
-    """The safetensors files of a Hugging Face directory, read one tensor at a time."""
-
-    def __init__(self, directory: Path) -> None:
-        self._files: dict[str, Any] = {}
-        for path in sorted(directory.glob("*.safetensors")):
-            file = safe_open(str(path), framework="pt")
-            self._files |= dict.fromkeys(file.keys(), file)
-        if not self._files:
-            raise ValueError(f"{directory} holds no safetensors files; expected a model.")
-        self._directory = directory
-
-    def get(self, name: str) -> Tensor:
-        if name not in self._files:
-            raise ValueError(
-                f"{self._directory} has no tensor {name}, which its config.json calls for."
-            )
-        return self._files[name].get_tensor(name)
-
-
-class RandomSource:
-    """Freshly drawn weights: normal with the config's initializer_range, norms 1, biases 0.
-
-    Each tensor depends on (seed, name) only, so every parallel layout starts from the same model.
-    """
-
-    def __init__(self, shape: ModelShape, scale: float, seed: int) -> None:
-        self._shape, self._scale, self._seed = shape, scale, seed
-
-    def get(self, name: str) -> Tensor:
-        sizes = names.hf_shape(name, self._shape)
-        if name.endswith("bias"):
-            return torch.zeros(sizes)
-        if len(sizes) == 1:
-            return torch.ones(sizes)
-        digest = int.from_bytes(f"{self._seed}/{name}".encode(), "little") % (2**61 - 1)
-        return torch.randn(sizes, generator=torch.Generator().manual_seed(digest)) * self._scale
+Recompute = Literal["none", "selective", "full"]
+"""learner.recompute of the config."""
 
 
 class Policy:
@@ -97,6 +57,9 @@ class Policy:
         dtype: torch.dtype,
         temperature: float,
         sequence_parallel: bool = False,
+        recompute: Recompute = "none",
+        distributed_optimizer: bool = False,
+        freeze: Sequence[str] = (),
     ) -> None:
         """Build with arbitrary weights; call `load` next.
 
@@ -106,21 +69,47 @@ class Policy:
             dtype: of the parameters; gradients are summed in float32 whatever it is.
             temperature: logits are divided by it, as they were in sampling.
             sequence_parallel: split norms and residuals over the tensor-parallel ranks by token.
+            recompute: what the backward pass computes again instead of keeping it.
+            distributed_optimizer: each data-parallel rank updates a part of the parameters.
+            freeze: patterns of learner.freeze, for what does not train.
         """
-        self.hf = transformers.AutoConfig.from_pretrained(directory)
-        _check_supported(self.hf, processes)
+        self.hf = families.read_config(directory)
+        require_supported(self.hf, processes.layout)
         self.processes, self.dtype = processes, dtype
         self.shape = ModelShape.of(self.hf)
-        self.config = _megatron_config(self.hf, self.shape, processes, dtype, sequence_parallel)
+        self.config = megatron_config(
+            self.hf, self.shape, processes, dtype, sequence_parallel, recompute
+        )
         with cpu.cuda_calls_on_cpu():
-            self.module = _build(self.config, self.shape, processes)
+            self.module = build(self.config, self.shape, processes)
         self.head: head.LogprobHead | None = None
         if processes.is_last_stage:
             self.head = head.install(
                 self.module, temperature=temperature, valid_vocab=self.shape.vocab
             )
         self.rotary = RotaryTable(*_frequencies(self.hf, self.shape), device=processes.device)
-        self.ddp = _data_parallel(self.config, self.module)
+        freezing.freeze(self.module, Frozen.of(freeze), self.shape, self.first_layer)
+        if recompute == "full" and self.module.pre_process:
+            freezing.let_gradients_start(self.module.embedding)
+        self.is_optimizer_distributed = distributed_optimizer
+        self.ddp = _data_parallel(self.config, self.module, distributed_optimizer)
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, directory: Path, processes: Processes, *, temperature: float
+    ) -> Policy:
+        """Trained as a run's config says."""
+        learner = config.learner
+        return cls(
+            directory,
+            processes,
+            dtype=DTYPES[config.model.dtype],
+            temperature=temperature,
+            sequence_parallel=learner.sequence_parallel,
+            recompute=learner.recompute,
+            distributed_optimizer=learner.distributed_optimizer,
+            freeze=learner.freeze,
+        )
 
     @property
     def first_layer(self) -> int:
@@ -129,14 +118,17 @@ class Policy:
 
     @torch.no_grad()
     def load(self, source: TensorSource) -> None:
-        """Fill every parameter of this rank from full Hugging Face tensors."""
+        """Fill every parameter of this rank; only this rank's parts of the tensors are read.
+
+        Raises ValueError when the source is not a model of this shape.
+        """
+        source.check(self.shape)
         tp, rank = self.processes.layout.tensor, self.processes.tensor_rank
         for name, parameter in self.module.named_parameters():
-            entry = names.entry(name, first_layer=self.first_layer, is_tied=self.shape.is_tied)
-            tensors = [source.get(hf_name) for hf_name in entry.hf_names]
-            for hf_name, tensor in zip(entry.hf_names, tensors, strict=True):
-                _check_shape(hf_name, tensor, self.shape)
-            parameter.copy_(names.shard(entry.kind, tensors, self.shape, tp, rank))
+            entry = names.entry(self.shape, name, first_layer=self.first_layer)
+            wanted = zip(entry.hf_names, names.slices(entry, self.shape, tp, rank), strict=True)
+            parts = [source.read(hf_name, index) for hf_name, index in wanted]
+            parameter.copy_(names.join(entry, parts, self.shape, tp))
 
     @torch.no_grad()
     def export(self) -> Iterator[tuple[str, Tensor]]:
@@ -155,27 +147,29 @@ class Policy:
 
     def _export_one(self, name: str, stage: int, first: int) -> Iterator[tuple[str, Tensor]]:
         here = self.processes
-        entry = names.entry(name, first_layer=first, is_tied=self.shape.is_tied)
+        entry = names.entry(self.shape, name, first_layer=first)
         full: list[Tensor] = []
         if here.pipeline_rank == stage:
             full = self._gather(self.module.get_parameter(name).detach(), entry.kind)
         if here.tensor_rank != 0:
             return
-        for i, hf_name in enumerate(entry.hf_names):
+        for i, (hf_name, shape) in enumerate(entry.hf_shapes.items()):
             tensor = full[i] if full else None
-            tensor = self._bring_to_first_stage(tensor, hf_name, stage)
+            tensor = self._bring_to_first_stage(tensor, shape, stage)
             if here.rank == 0 and tensor is not None:
                 yield hf_name, tensor
 
-    def _gather(self, part: Tensor, kind: names.Kind) -> list[Tensor]:
+    def _gather(self, part: Tensor, kind: Kind) -> list[Tensor]:
         group = self.processes.tensor_group
         if group is None or kind == "replicated":
-            return names.merge(kind, [part], self.shape)
+            return names.merge(kind, [part.clone()], self.shape)
         parts = [torch.empty_like(part) for _ in range(group.size())]
         dist.all_gather(parts, part.contiguous(), group=group)
         return names.merge(kind, parts, self.shape)
 
-    def _bring_to_first_stage(self, tensor: Tensor | None, name: str, stage: int) -> Tensor | None:
+    def _bring_to_first_stage(
+        self, tensor: Tensor | None, shape: tuple[int, ...], stage: int
+    ) -> Tensor | None:
         if stage == 0 or self.processes.pipeline_rank not in (0, stage):
             return tensor
         ranks = mpu.get_pipeline_model_parallel_group()
@@ -183,7 +177,6 @@ class Policy:
         if tensor is not None:
             dist.send(tensor.contiguous(), dst=dist.get_global_rank(ranks, 0), group=ranks)
             return None
-        shape = names.hf_shape(name, self.shape)
         received = torch.empty(shape, dtype=self.dtype, device=self.processes.device)
         dist.recv(received, src=source, group=ranks)
         return received
@@ -200,17 +193,9 @@ def is_complete(directory: Path) -> bool:
     return (directory / "model.safetensors").exists()
 
 
-def _check_supported(hf: Any, processes: Processes) -> None:
-    layout = processes.layout
-    problems = []
-    if hf.model_type not in FAMILIES:
-        problems.append(f"model_type is {hf.model_type}; expected one of {', '.join(FAMILIES)}")
-    if getattr(hf, "attention_bias", False) or getattr(hf, "mlp_bias", False):
-        problems.append("attention_bias or mlp_bias is set; this learner has no such parameters")
-    if getattr(hf, "use_sliding_window", False):
-        problems.append("use_sliding_window is set; the learner attends to whole sequences")
-    if hf.hidden_act != "silu":
-        problems.append(f"hidden_act is {hf.hidden_act}; expected silu")
+def require_supported(hf: Any, layout: Layout) -> None:
+    """Raise ValueError naming all that keeps this learner from training a model in a layout."""
+    problems = families.problems(hf)
     if hf.num_hidden_layers % layout.pipeline:
         problems.append(
             f"learner.pipeline_parallel = {layout.pipeline} does not divide "
@@ -226,18 +211,15 @@ def _check_supported(hf: Any, processes: Processes) -> None:
         raise ValueError(f"the model of model.path cannot be trained: {'; '.join(problems)}.")
 
 
-def _check_shape(name: str, tensor: Tensor, shape: ModelShape) -> None:
-    expected = names.hf_shape(name, shape)
-    if tuple(tensor.shape) != expected:
-        raise ValueError(
-            f"{name} has shape {list(tensor.shape)}, but config.json describes {list(expected)}. "
-            "The directory mixes files of different models."
-        )
-
-
-def _megatron_config(
-    hf: Any, shape: ModelShape, processes: Processes, dtype: torch.dtype, sequence_parallel: bool
+def megatron_config(
+    hf: Any,
+    shape: ModelShape,
+    processes: Processes,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    recompute: Recompute = "none",
 ) -> TransformerConfig:
+    """What Megatron must know to build this model on this rank."""
     layout = processes.layout
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -255,7 +237,7 @@ def _megatron_config(
         qk_layernorm=shape.has_qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        use_cpu_initialization=processes.device.type == "cpu",
+        use_cpu_initialization=processes.device.type != "cuda",
         # `load` fills every parameter, but Megatron marks the sharded ones while it initialises.
         perform_initialization=True,
         init_method=_leave,
@@ -274,6 +256,9 @@ def _megatron_config(
         batch_p2p_comm=True,
         batch_p2p_sync=False,
         deallocate_pipeline_outputs=True,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
         # Fusions that need Apex or TransformerEngine.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -297,7 +282,8 @@ def _finalize(models: list[torch.nn.Module], _num_tokens: Tensor | None, **kwarg
     finalize_model_grads(models, None, **kwargs)
 
 
-def _build(config: TransformerConfig, shape: ModelShape, processes: Processes) -> GPTModel:
+def build(config: TransformerConfig, shape: ModelShape, processes: Processes) -> GPTModel:
+    """This rank's share of the model, with arbitrary weights."""
     return GPTModel(
         config=config,
         transformer_layer_spec=_layers(config),
@@ -323,14 +309,16 @@ def _layers(config: TransformerConfig) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
 
 
-def _data_parallel(config: TransformerConfig, module: GPTModel) -> DistributedDataParallel:
+def _data_parallel(
+    config: TransformerConfig, module: GPTModel, distributed_optimizer: bool
+) -> DistributedDataParallel:
     ddp = DistributedDataParallel(
         config=config,
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             average_in_collective=False,
             overlap_grad_reduce=False,
-            use_distributed_optimizer=False,
+            use_distributed_optimizer=distributed_optimizer,
             check_for_nan_in_grad=False,  # optimizer.py skips and counts them
         ),
         module=module,
@@ -346,11 +334,6 @@ def _frequencies(hf: Any, shape: ModelShape) -> tuple[Tensor, float]:
     if kind == "default":
         exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
         return 1.0 / rope["rope_theta"] ** exponents, 1.0
-    if kind not in ("linear", "llama3", "yarn"):
-        raise ValueError(
-            f"rope_type is {kind}, whose angles depend on the sequence's length; expected default, "
-            "linear, llama3 or yarn."
-        )
     function = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[kind]
     inverse_frequencies, scaling = function(hf, torch.device("cpu"))
     return inverse_frequencies, float(scaling)

@@ -14,7 +14,7 @@ from typing import Protocol
 from dapo_hpc.buffer.messages import EvaluationsReply, TakeReply, decode, encode
 from dapo_hpc.config import RunConfig
 from dapo_hpc.learner.checkpoint import Checkpoints, Progress
-from dapo_hpc.learner.model import DTYPES, Policy, SafetensorsSource
+from dapo_hpc.learner.model import Policy, SafetensorsSource
 from dapo_hpc.learner.optimizer import AdamSettings, Optimizer
 from dapo_hpc.learner.parallel import Processes
 from dapo_hpc.learner.probe import probes
@@ -63,6 +63,8 @@ class Session:
     reference: Reference | None
     checkpoints: Checkpoints
     lineage: int = 0
+    _committed: list[int] = field(default_factory=list, repr=False)
+    """Steps with a checkpoint at the last commit."""
     _metrics: MetricsLog | None = field(default=None, repr=False)
 
     def resume(self) -> int:
@@ -86,6 +88,7 @@ class Session:
         while True:
             self.processes.check_peers()
             self.record_evaluations()
+            self.release_batches()
             reply = self.buffer.take(self.lineage, step, POLL_S)
             if reply.groups is not None:
                 taken = Taken(reply.groups, reply.metrics)
@@ -121,15 +124,25 @@ class Session:
         publish.retire(self.run.weights, weights.keep_versions, in_use)
 
     def checkpoint(self, step: int) -> bool:
-        """Save when `step` is due, then let the buffer forget what no checkpoint needs."""
-        config = self.config
-        if step % config.learner.checkpoint_every and step != config.run.total_steps:
-            return False
+        """Save when `step` is due, and let the buffer forget what no checkpoint needs."""
         progress = Progress(step=step, lineage=self.lineage)
-        self.checkpoints.save(self.policy, self.optimizer, progress)
-        if self.processes.rank == 0:
-            self.buffer.commit(self.lineage, self.checkpoints.steps()[0])
-        return True
+        is_saved = self.checkpoints.save_when_due(
+            self.policy,
+            self.optimizer,
+            progress,
+            every=self.config.learner.checkpoint_every,
+            last=self.config.run.total_steps,
+        )
+        self.release_batches()
+        return is_saved
+
+    def release_batches(self) -> None:
+        """Tell the buffer, when it changes, which batches no durable checkpoint needs any more."""
+        self.checkpoints.check()
+        steps = self.checkpoints.steps()
+        if self.processes.rank == 0 and steps not in ([], self._committed):
+            self.buffer.commit(self.lineage, steps[0])
+            self._committed = steps
 
     def record(self, step: int, figures: dict[str, float]) -> None:
         """Append the step's row. A second row of the same step takes the place of the first."""
@@ -171,22 +184,9 @@ class Session:
 def open_session(run: RunDir, config: RunConfig, processes: Processes, buffer: Buffer) -> Session:
     """Build the model from model.path; `resume` comes next."""
     source = Path(config.model.path)
-    policy = Policy(
-        source,
-        processes,
-        dtype=DTYPES[config.model.dtype],
-        temperature=config.rollout.temperature,
-        sequence_parallel=config.learner.sequence_parallel,
-    )
+    policy = Policy.of(config, source, processes, temperature=config.rollout.temperature)
     policy.load(SafetensorsSource(source))
-    section = config.optimizer
-    settings = AdamSettings(
-        weight_decay=section.weight_decay,
-        beta1=section.beta1,
-        beta2=section.beta2,
-        eps=section.eps,
-        grad_clip=section.grad_clip,
-    )
+    settings = AdamSettings.of(config.optimizer, weight_decay=config.optimizer.weight_decay)
     return Session(
         run=run,
         config=config,
@@ -195,5 +195,10 @@ def open_session(run: RunDir, config: RunConfig, processes: Processes, buffer: B
         policy=policy,
         optimizer=Optimizer(policy, settings),
         reference=Reference(policy) if config.loss.kl_coef > 0 else None,
-        checkpoints=Checkpoints(run.checkpoints, processes, keep=config.learner.keep_checkpoints),
+        checkpoints=Checkpoints(
+            run.checkpoints,
+            processes,
+            keep=config.learner.keep_checkpoints,
+            is_async=config.learner.async_checkpoint,
+        ),
     )

@@ -20,7 +20,6 @@ from dapo_hpc.config import RunConfig, SftSection
 from dapo_hpc.learner.checkpoint import Checkpoints, Progress
 from dapo_hpc.learner.forward import Row, forward_backward, row
 from dapo_hpc.learner.model import (
-    DTYPES,
     Policy,
     RandomSource,
     SafetensorsSource,
@@ -103,15 +102,26 @@ def fine_tune(run: RunDir, config: RunConfig, here: Processes) -> None:
         return
     pairs = Pairs(section)
     policy, optimizer = _build(config, section, here)
-    checkpoints = Checkpoints(run.checkpoints / "sft", here, keep=KEEP_CHECKPOINTS)
+    checkpoints = Checkpoints(
+        run.checkpoints / "sft",
+        here,
+        keep=KEEP_CHECKPOINTS,
+        is_async=config.learner.async_checkpoint,
+    )
     progress = checkpoints.load_newest(policy, optimizer)
     meter = _Meter(run, here)
     for step in range(progress.step + 1 if progress else 1, len(pairs) + 1):
         micro_batches = pack_batch(policy, pairs.batch(step - 1), config.learner.micro_batch_tokens)
-        loss = update(policy, optimizer, micro_batches, learning_rate(section, step, len(pairs)))
+        lr = learning_rate(section, step, len(pairs))
+        loss = update(policy, optimizer, micro_batches, lr, f"sft step {step}")
         meter.count(step, loss, micro_batches)
-        if step % section.checkpoint_every == 0 and step < len(pairs):
-            checkpoints.save(policy, optimizer, Progress(step=step))
+        checkpoints.save_when_due(
+            policy,
+            optimizer,
+            Progress(step=step),
+            every=section.checkpoint_every,
+            last=len(pairs),
+        )
     _export(policy, target, Path(section.init), config.weights.save_shard_bytes)
     log.info("%d steps are trained; the model is in %s.", len(pairs), target)
 
@@ -128,7 +138,11 @@ def learning_rate(section: SftSection, step: int, num_steps: int) -> float:
 
 
 def update(
-    policy: Policy, optimizer: Optimizer, micro_batches: Sequence[SftRow], lr: float
+    policy: Policy,
+    optimizer: Optimizer,
+    micro_batches: Sequence[SftRow],
+    lr: float,
+    at: str = "an sft step",
 ) -> Tensor:
     """One optimizer step; this rank's share of the loss before it, a scalar on the device."""
     total = torch.zeros((), device=policy.processes.device)
@@ -140,7 +154,7 @@ def update(
 
     optimizer.zero_grad()
     forward_backward(policy, [micro.row for micro in micro_batches], cross_entropy)
-    optimizer.step(lr)
+    optimizer.step(lr, at=at)
     return total
 
 
@@ -189,25 +203,12 @@ def _pack(policy: Policy, pairs: Sequence[Pair], weight: float) -> SftRow:
 
 def _build(config: RunConfig, section: SftSection, here: Processes) -> tuple[Policy, Optimizer]:
     init = Path(section.init)
-    policy = Policy(
-        init,
-        here,
-        dtype=DTYPES[config.model.dtype],
-        temperature=1.0,
-        sequence_parallel=config.learner.sequence_parallel,
-    )
+    policy = Policy.of(config, init, here, temperature=1.0)
     source: TensorSource = RandomSource(policy.shape, policy.hf.initializer_range, config.run.seed)
     if any(init.glob("*.safetensors")):
         source = SafetensorsSource(init)
     policy.load(source)
-    adam = config.optimizer
-    settings = AdamSettings(
-        weight_decay=section.weight_decay,
-        beta1=adam.beta1,
-        beta2=adam.beta2,
-        eps=adam.eps,
-        grad_clip=adam.grad_clip,
-    )
+    settings = AdamSettings.of(config.optimizer, weight_decay=section.weight_decay)
     return policy, Optimizer(policy, settings)
 
 

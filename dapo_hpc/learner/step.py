@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dapo_hpc.config import LossSection, OptimizerSection
+from dapo_hpc.config import LossSection
 from dapo_hpc.learner.batch import Micro, TrainBatch, build, fetch_groups
 from dapo_hpc.learner.correction import Mismatch, measure_mismatch
 from dapo_hpc.learner.forward import forward_backward_dapo, log_probs
@@ -20,6 +20,7 @@ from dapo_hpc.learner.report import (
     padding_frac,
     process_metrics,
 )
+from dapo_hpc.learner.schedule import learning_rate
 from dapo_hpc.learner.session import Session
 
 log = logging.getLogger(__name__)
@@ -58,10 +59,10 @@ def rollout_step(session: Session, step: int) -> dict[str, float]:
     check_mismatch(scored.engine, config.loss, step)
     clock.lap("score")
 
-    lr = learning_rate(config.optimizer, step)
+    lr = learning_rate(config.optimizer, step, total_steps=config.run.total_steps)
     figures = UpdateFigures(here.device)
-    for mini_batch in batch.mini_batches:
-        update(session, mini_batch, lr, figures)
+    for number, mini_batch in enumerate(batch.mini_batches, 1):
+        update(session, mini_batch, lr, figures, at=f"step {step}, update {number}")
     clock.lap("update")
 
     session.publish(step)
@@ -83,17 +84,6 @@ def rollout_step(session: Session, step: int) -> dict[str, float]:
         clock.lap("checkpoint")
         session.record(step, {**row, **clock.finish()})
     return row
-
-
-def learning_rate(optimizer: OptimizerSection, step: int) -> float:
-    """Of rollout step `step` (from 1), all its updates alike: linear warm-up, then constant.
-
-    Source: DAPO, section 4.1; where the warm-up starts is optimizer.first_warmup_step.
-    """
-    if not optimizer.warmup_steps:
-        return optimizer.lr
-    done = step - 1 + optimizer.first_warmup_step
-    return optimizer.lr * min(1.0, done / optimizer.warmup_steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +147,9 @@ def check_mismatch(mismatch: Mismatch, loss: LossSection, step: int) -> None:
         log.warning("%s; loss.mismatch_warn = %g.", sentence, loss.mismatch_warn)
 
 
-def update(session: Session, mini_batch: list[Micro], lr: float, figures: UpdateFigures) -> None:
+def update(
+    session: Session, mini_batch: list[Micro], lr: float, figures: UpdateFigures, *, at: str
+) -> None:
     """One optimizer step on one mini-batch."""
     loss, optimizer = session.config.loss, session.optimizer
     optimizer.zero_grad()
@@ -166,4 +158,4 @@ def update(session: Session, mini_batch: list[Micro], lr: float, figures: Update
         session.policy, rows, lambda number: mini_batch[number].loss_inputs(loss)
     ):
         figures.add(value, stats)
-    figures.updates.append(optimizer.step(lr))
+    figures.updates.append(optimizer.step(lr, at=at))

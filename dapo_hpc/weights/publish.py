@@ -14,15 +14,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dapo_hpc.records import PolicyVersion
-from dapo_hpc.run_dir import fsync_directory, write_json, write_text
-from dapo_hpc.weights.manifest import MANIFEST, Probe, TensorEntry, WeightManifest
+from dapo_hpc.run_dir import write_json, write_text
+from dapo_hpc.weights.directory import (
+    DTYPES,
+    INDEX,
+    TEMPORARY,
+    copy_companions,
+    fresh,
+    replace,
+    shard_names,
+    sync_files,
+)
+from dapo_hpc.weights.manifest import Probe, TensorEntry, WeightManifest
 
 LATEST = "LATEST"
-TEMPORARY = ".tmp-"
-INDEX = "model.safetensors.index.json"
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
-"""Endings of weights in other directories and formats; everything else belongs to the model."""
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +53,11 @@ def publish(
         source_dir: model whose config, tokenizer and generation config are copied along.
         shard_bytes: a file is closed when it has reached this size.
     """
-    temporary = _fresh(weights_dir / f"{TEMPORARY}{version.name}")
+    temporary = fresh(weights_dir / f"{TEMPORARY}{version.name}")
     entries = _write_model(temporary, tensors, source_dir, shard_bytes)
     WeightManifest(version=version, tensors=entries, probes=probes).save(temporary)
     final = weights_dir / version.name
-    _replace(temporary, final)
+    replace(temporary, final)
     write_text(weights_dir / LATEST, version.name + "\n")
     return final
 
@@ -61,9 +66,9 @@ def write_model(
     target: Path, tensors: Iterator[tuple[str, Tensor]], source_dir: Path, shard_bytes: int
 ) -> None:
     """Write a complete Hugging Face model to `target`, which appears whole. Arguments as above."""
-    temporary = _fresh(target.with_name(f"{TEMPORARY}{target.name}"))
+    temporary = fresh(target.with_name(f"{TEMPORARY}{target.name}"))
     _write_model(temporary, tensors, source_dir, shard_bytes)
-    _replace(temporary, target)
+    replace(temporary, target)
 
 
 def retire(weights_dir: Path, keep: int, in_use: set[str]) -> list[str]:
@@ -88,39 +93,21 @@ def retire(weights_dir: Path, keep: int, in_use: set[str]) -> list[str]:
     return deleted
 
 
-def _fresh(path: Path) -> Path:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    return path
-
-
-def _replace(temporary: Path, final: Path) -> None:
-    fsync_directory(temporary)
-    if final.exists():
-        old = _fresh(final.with_name(f"{TEMPORARY}old-{final.name}"))
-        os.rename(final, old)
-        os.rename(temporary, final)
-        shutil.rmtree(old)
-    else:
-        os.rename(temporary, final)
-    fsync_directory(final.parent)
-
-
 def _write_model(
     directory: Path, tensors: Iterator[tuple[str, Tensor]], source_dir: Path, shard_bytes: int
 ) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     shards: list[list[str]] = []
+    dtypes: set[torch.dtype] = set()
     for shard in _shards(tensors, shard_bytes):
         path = directory / f"shard-{len(shards)}"
         save_file(shard, path, metadata={"format": "pt"})
         shards.append(list(shard))
         entries |= {name: _entry(tensor) for name, tensor in shard.items()}
+        dtypes |= {tensor.dtype for tensor in shard.values()}
     entries = _name_shards(directory, shards, entries)
-    _copy_companions(source_dir, directory)
-    for path in directory.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    copy_companions(source_dir, directory, dtypes)
+    sync_files(directory)
     return entries
 
 
@@ -152,9 +139,7 @@ def _name_shards(
 ) -> dict[str, TensorEntry]:
     """Give the files their final names, which hold their number, and write the index."""
     count = len(shards)
-    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    if count == 1:
-        files = ["model.safetensors"]
+    files = shard_names(count)
     located: dict[str, TensorEntry] = {}
     for i, (file, names) in enumerate(zip(files, shards, strict=True)):
         os.rename(directory / f"shard-{i}", directory / file)
@@ -168,11 +153,3 @@ def _name_shards(
         index = {name: entry.file for name, entry in located.items()}
         write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": index})
     return located
-
-
-def _copy_companions(source: Path, directory: Path) -> None:
-    """config.json, tokenizer, chat template, generation config: all files but weights."""
-    for path in sorted(source.iterdir()):
-        is_weight = path.name.endswith(NOT_COPIED)
-        if path.is_file() and not is_weight and path.name != MANIFEST:
-            shutil.copyfile(path, directory / path.name)

@@ -54,7 +54,7 @@ def test_attention_equals_a_dense_mask(lengths: list[int]) -> None:
         for n in (heads, groups, groups)
     )
     frequencies = 1.0 / 100.0 ** (torch.arange(0, size, 2) / size)
-    packed = describe(np.array(lengths), RotaryTable(frequencies, 1.0, CPU), CPU)
+    packed = describe(np.array(lengths), CPU).with_angles(RotaryTable(frequencies, 1.0, CPU))
     attention = PackedAttention(_Config())
     found = attention(query, key, value, packed_seq_params=packed)
     expected = dense(query, key, value, lengths, frequencies)

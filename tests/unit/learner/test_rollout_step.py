@@ -15,10 +15,10 @@ pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
 import torch
 
-from dapo_hpc.config import OptimizerSection, RunConfig
+from dapo_hpc.config import RunConfig
 from dapo_hpc.learner.parallel import Processes
 from dapo_hpc.learner.session import Session, open_session
-from dapo_hpc.learner.step import MismatchTooLarge, learning_rate, rollout_step
+from dapo_hpc.learner.step import MismatchTooLarge, rollout_step
 from dapo_hpc.observe.metrics import METRICS
 from dapo_hpc.records import Group
 from dapo_hpc.run_dir import RunDir
@@ -217,14 +217,3 @@ def test_stale_tokens_differ_by_training_and_do_not_count_as_mismatch(
     figures = rollout_step(session, 1)
     assert "mismatch/mean_diff" not in figures
     assert 0 < figures["mismatch/ess_frac"] < 1
-
-
-def test_learning_rate_rises_by_rollout_step() -> None:
-    section = OptimizerSection(lr=1.0, warmup_steps=4)
-    assert [learning_rate(section, step) for step in (1, 2, 4, 9)] == [0.25, 0.5, 1.0, 1.0]
-    assert learning_rate(OptimizerSection(lr=1.0, warmup_steps=0), 1) == 1.0
-
-
-def test_verl_profile_starts_its_warm_up_at_zero() -> None:
-    section = OptimizerSection(lr=1.0, warmup_steps=4, first_warmup_step=0)
-    assert [learning_rate(section, step) for step in (1, 2, 5, 9)] == [0.0, 0.25, 1.0, 1.0]

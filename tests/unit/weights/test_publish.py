@@ -76,6 +76,17 @@ def test_large_models_are_split_over_files_with_an_index(tmp_path: Path, source:
     }
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_config_names_the_type_that_was_written(key: str, tmp_path: Path, source: Path) -> None:
+    """transformers rounds what it loads to that type: here it would lose half of the bits."""
+    (source / "config.json").write_text(json.dumps({"model_type": "qwen2", key: "bfloat16"}))
+    written = {"float32": torch.ones(2), "bfloat16": torch.ones(2).bfloat16()}
+    for dtype, tensor in written.items():
+        publish.write_model(tmp_path / dtype, iter([("a", tensor)]), source, ONE_FILE)
+        config = json.loads((tmp_path / dtype / "config.json").read_text())
+        assert config == {"model_type": "qwen2", key: dtype}
+
+
 def test_every_damage_is_a_mismatch(tmp_path: Path, source: Path) -> None:
     directory = put(tmp_path, source)
     path = directory / "model.safetensors"
