@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -100,6 +100,7 @@ class Service:
             exception_handlers={
                 LineageFenced: _answer_with(409),
                 ValueError: _answer_with(400),
+                ClientDisconnect: _answer_with(400),  # it died while it spoke; nobody reads this
                 Exception: self._fail,
             },
         )

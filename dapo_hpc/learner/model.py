@@ -36,9 +36,7 @@ from dapo_hpc.learner.parallel import Layout, Processes
 from dapo_hpc.weights import families, names
 from dapo_hpc.weights.families import Kind
 from dapo_hpc.weights.names import ModelShape
-from dapo_hpc.weights.source import RandomSource as RandomSource
-from dapo_hpc.weights.source import SafetensorsSource as SafetensorsSource
-from dapo_hpc.weights.source import TensorSource as TensorSource
+from dapo_hpc.weights.source import TensorSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """model.dtype of the config."""

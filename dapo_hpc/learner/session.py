@@ -14,7 +14,7 @@ from typing import Protocol
 from dapo_hpc.buffer.messages import EvaluationsReply, TakeReply, decode, encode
 from dapo_hpc.config import RunConfig
 from dapo_hpc.learner.checkpoint import Checkpoints, Progress
-from dapo_hpc.learner.model import Policy, SafetensorsSource
+from dapo_hpc.learner.model import Policy
 from dapo_hpc.learner.optimizer import AdamSettings, Optimizer
 from dapo_hpc.learner.parallel import Processes
 from dapo_hpc.learner.probe import probes
@@ -23,6 +23,7 @@ from dapo_hpc.observe.metrics import MetricsLog
 from dapo_hpc.records import Group, GroupSummary, PolicyVersion
 from dapo_hpc.run_dir import RunDir, write_json
 from dapo_hpc.weights import publish
+from dapo_hpc.weights.source import SafetensorsSource
 
 POLL_S = 2.0
 """How long the buffer may hold a request for a batch; between two, evaluations are written down."""

@@ -19,18 +19,13 @@ from torch import Tensor
 from dapo_hpc.config import RunConfig, SftSection
 from dapo_hpc.learner.checkpoint import Checkpoints, Progress
 from dapo_hpc.learner.forward import Row, forward_backward, row
-from dapo_hpc.learner.model import (
-    Policy,
-    RandomSource,
-    SafetensorsSource,
-    TensorSource,
-    is_complete,
-)
+from dapo_hpc.learner.model import Policy, is_complete
 from dapo_hpc.learner.optimizer import AdamSettings, Optimizer
 from dapo_hpc.learner.parallel import Processes
 from dapo_hpc.observe.metrics import MetricsLog
 from dapo_hpc.run_dir import RunDir
 from dapo_hpc.weights.publish import write_model
+from dapo_hpc.weights.source import RandomSource, SafetensorsSource, TensorSource
 
 REPORT_EVERY = 10
 """Optimizer steps between rows of metrics."""

@@ -19,9 +19,10 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from dapo_hpc.learner.forward import forward_backward, row
-from dapo_hpc.learner.model import DTYPES, Policy, SafetensorsSource
+from dapo_hpc.learner.model import DTYPES, Policy
 from dapo_hpc.learner.optimizer import MOMENTS, AdamSettings, Optimizer, Update
 from dapo_hpc.learner.parallel import Layout, Processes, connect, disconnect
+from dapo_hpc.weights.source import SafetensorsSource
 from tests.learner_parts import VOCAB, make_model
 
 MODELS = {"tied": ("qwen3", True), "biased": ("qwen2", False)}

@@ -29,8 +29,9 @@ from dapo_hpc.config import LossSection
 from dapo_hpc.learner import model as model_module
 from dapo_hpc.learner.forward import Row, forward_backward_dapo, log_probs, row
 from dapo_hpc.learner.head import LossInputs
-from dapo_hpc.learner.model import Policy, SafetensorsSource
+from dapo_hpc.learner.model import Policy
 from dapo_hpc.learner.parallel import Layout, Processes, connect, disconnect
+from dapo_hpc.weights.source import SafetensorsSource
 from dapo_kernels.gradients import WeightGradient
 from tests.learner_parts import VOCAB, make_model
 

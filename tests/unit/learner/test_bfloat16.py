@@ -13,9 +13,10 @@ import torch
 
 from dapo_hpc.learner.checkpoint import Checkpoints, Progress
 from dapo_hpc.learner.forward import forward_backward, row
-from dapo_hpc.learner.model import Policy, SafetensorsSource
+from dapo_hpc.learner.model import Policy
 from dapo_hpc.learner.optimizer import AdamSettings, Optimizer
 from dapo_hpc.learner.parallel import Processes
+from dapo_hpc.weights.source import SafetensorsSource
 from tests.learner_parts import VOCAB, make_model
 
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from dapo_hpc.learner.checkpoint import LATEST, Checkpoints, NoUsableCheckpoint, Progress
-from dapo_hpc.learner.model import Policy, SafetensorsSource
+from dapo_hpc.learner.model import Policy
 from dapo_hpc.learner.optimizer import AdamSettings, Optimizer
 from dapo_hpc.learner.parallel import Processes
+from dapo_hpc.weights.source import SafetensorsSource
 from tests.learner_parts import make_model
 
 SAVES_FOREVER = """

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dapo_hpc.config import LossSection
 from dapo_hpc.learner.forward import Row, forward_backward, forward_backward_dapo, log_probs, row
 from dapo_hpc.learner.head import LossInputs
-from dapo_hpc.learner.model import Policy, SafetensorsSource
+from dapo_hpc.learner.model import Policy
 from dapo_hpc.learner.parallel import Processes
+from dapo_hpc.weights.source import SafetensorsSource
 from tests.learner_parts import VOCAB, make_model
 
 LENGTHS = np.array([9, 20, 14])

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from dapo_hpc.learner.forward import Row, forward_backward, log_probs, row
-from dapo_hpc.learner.model import Policy, SafetensorsSource
+from dapo_hpc.learner.model import Policy
 from dapo_hpc.learner.optimizer import AdamSettings, Optimizer
 from dapo_hpc.learner.parallel import Processes
 from dapo_hpc.weights import names
+from dapo_hpc.weights.source import SafetensorsSource
 from tests.learner_parts import VOCAB, make_model
 
 CASES = [

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dapo_hpc.learner.forward import forward_backward, log_probs, row
-from dapo_hpc.learner.model import Policy, SafetensorsSource
+from dapo_hpc.learner.model import Policy
 from dapo_hpc.learner.optimizer import (
     CLIP_EPS,
     AdamSettings,
@@ -24,7 +24,11 @@ from dapo_hpc.learner.optimizer import (
     TooManySkippedUpdates,
 )
 from dapo_hpc.learner.parallel import Processes
-from tests.learner_parts import VOCAB, make_model
+from dapo_hpc.learner.session import Session, open_session
+from dapo_hpc.learner.step import rollout_step
+from dapo_hpc.run_dir import RunDir
+from dapo_hpc.weights.source import SafetensorsSource
+from tests.learner_parts import VOCAB, FakeBuffer, make_config, make_model
 
 SETTINGS: dict[str, Any] = {
     "weight_decay": 0.1,
@@ -193,7 +197,47 @@ def test_too_many_in_a_row_stop_the_learner(here: Processes, tmp_path: Path) -> 
         spoiled("fifth")
 
 
+def rollout_session(here: Processes, root: Path, **learner: Any) -> Session:
+    make_model(root / "model")
+    config = make_config(root / "model", root, learner={"mini_batches": 4, **learner})
+    run = RunDir(config.run_dir)
+    run.root.mkdir(parents=True)
+    session = open_session(run, config, here, FakeBuffer())
+    session.resume()
+    return session
+
+
+def test_a_step_goes_on_after_a_skipped_update_and_counts_it(
+    here: Processes, tmp_path: Path
+) -> None:
+    session = rollout_session(here, tmp_path, micro_batch_tokens=4096)  # a backward pass an update
+    passes: list[int] = []
+
+    def spoil_the_second(grad: Tensor) -> Tensor:
+        passes.append(1)
+        return grad * math.nan if len(passes) == 2 else grad
+
+    session.policy.module.decoder.final_layernorm.weight.register_hook(spoil_the_second)
+    figures = [rollout_step(session, step) for step in (1, 2)]
+    assert [row["learner/skipped_updates"] for row in figures] == [1.0, 0.0]
+    assert session.optimizer.num_updates == 7
+    assert all(p.isfinite().all() for p in session.policy.module.parameters())
+    assert all(math.isfinite(row["learner/grad_norm"]) for row in figures)
+
+
 # ------------------------------------------------------------------ frozen parameters
+
+
+@pytest.mark.parametrize("pattern", ["output_layer", "embedding", "layers.1", "final_norm"])
+def test_a_rollout_step_leaves_what_is_frozen(
+    pattern: str, here: Processes, tmp_path: Path
+) -> None:
+    session = rollout_session(here, tmp_path, freeze=(pattern,))
+    before = {n: p.detach().clone() for n, p in session.policy.module.named_parameters()}
+    rollout_step(session, 1)
+    frozen = pattern.replace("final_norm", "final_layernorm")
+    for name, parameter in session.policy.module.named_parameters():
+        assert torch.equal(parameter, before[name]) == (frozen in name), name
 
 
 def test_patterns_that_fit_no_model_are_refused(here: Processes, tmp_path: Path) -> None:
