@@ -190,5 +190,6 @@ def test_every_forward_needs_a_job_of_its_own(here: Processes, tmp_path: Path) -
     policy = build(tmp_path, here)
     one_row = packed(policy, None)
     log_probs(policy, [one_row])
+    sequences = one_row.sequences.with_angles(policy.rotary)
     with pytest.raises(ValueError, match="needs a job before each forward"):
-        policy.ddp(one_row.token_ids, None, None, packed_seq_params=one_row.sequences)
+        policy.ddp(one_row.token_ids, None, None, packed_seq_params=sequences)
