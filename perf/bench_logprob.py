@@ -115,7 +115,7 @@ def row_kernel(kernel: str) -> Callable[[LogitsInputs], Call]:
     def bind(inputs: LogitsInputs) -> Call:
         logits, ids = inputs.logits, inputs.token_ids
         rows = backend.operations(logits)
-        shard = VocabShard.of(logits.shape[1], None, None)
+        shard = VocabShard.of("perf", logits.shape[1], None, None)
         splits = rows.num_splits(len(logits), shard.num_columns)
         statistics = logits.new_empty((splits, len(logits), 4), dtype=torch.float32)
         rows.write_statistics(statistics, logits, ids, shard, 1.0)

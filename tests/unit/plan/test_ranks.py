@@ -31,7 +31,7 @@ from tests.unit.plan.measuring import (
 
 pytestmark = pytest.mark.slow
 RANKS = 2
-PASSES = 4
+PASSES = 8
 HELD_BY_GLOO = 512
 """Bytes a token: its threads let go of the rows of a collective, hidden states of 128 float32, only
 when they get to it; rows that they received may have been allocated before the profiler looked."""

@@ -46,8 +46,9 @@ def tiny_config(tiny_model: Path) -> Callable[..., RunConfig]:
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared_engine(tiny_config: Callable[..., RunConfig]) -> Iterator[Engine]:
+    """For one file at a time: while it lives the process has vLLM's default process group."""
     pytest.importorskip("vllm", reason="needs vLLM")
     engine = Engine(tiny_config(), seed=3)
     yield engine
