@@ -31,6 +31,8 @@ from dapo_hpc.weights.source import SafetensorsSource
 from tests.learner_parts import make_model
 from tests.unit.learner.test_checkpoint import build, disturb
 
+pytestmark = pytest.mark.full
+
 
 @dataclass(frozen=True)
 class Case:

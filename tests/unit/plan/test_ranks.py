@@ -29,7 +29,7 @@ from tests.unit.plan.measuring import (
     write_model,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 RANKS = 2
 PASSES = 8
 HELD_BY_GLOO = 512
