@@ -65,9 +65,9 @@ def boxes(start: int, end: int, width: int) -> Iterator[Box]:
 def describe(policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
     """The tensors of this rank's model and optimizer and their places in whole tensors."""
     with cpu.cuda_calls_on_cpu():
-        model = _described(policy.module)
+        model = sharded_state(policy.module)
         # The same parameters, but each layer with names of its own; boxes lie in no list of layers.
-        by_layer = _described(policy.module, non_homogeneous_layers=True)
+        by_layer = sharded_state(policy.module, non_homogeneous_layers=True)
     writers = _Writers(model)
     return {
         "model": {name: writers.whole(name, sharded) for name, sharded in model.items()},
@@ -83,7 +83,8 @@ def load(policy: Policy, optimizer: Optimizer, described: Any, loaded: Any) -> N
     optimizer.resume(**loaded["updates"])
 
 
-def _described(module: Any, **options: bool) -> dict[str, Any]:
+def sharded_state(module: Any, **options: bool) -> dict[str, Any]:
+    """Where each parameter lies in a checkpoint, as Megatron describes it, by parameter name."""
     metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
     found: dict[str, Any] = module.sharded_state_dict(metadata={**metadata, **options})
     return found

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dapo_hpc.config import load
 from dapo_hpc.learner.checkpoint_files import FILES, damage, directory_of, settle, steps_in
-from dapo_hpc.learner.meta_model import as_rank, build_on_meta, sharded_state
+from dapo_hpc.learner.checkpoint_state import sharded_state
+from dapo_hpc.learner.meta_model import as_rank, build_on_meta
 from dapo_hpc.learner.parallel import Layout
 from dapo_hpc.learner.sharded_files import INDEX_FILE, ShardedReader, Writing, write_sharded
 from dapo_hpc.run_dir import RunDir, write_json

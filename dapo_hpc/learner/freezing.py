@@ -23,7 +23,9 @@ def freeze(module: Any, frozen: Frozen, shape: ModelShape, first_layer: int) -> 
     Raises:
         ValueError: the model has no such parameters, or no others.
     """
-    _require_sense(frozen, shape)
+    problems = frozen.problems(num_layers=shape.num_layers, is_tied=shape.is_tied)
+    if problems:
+        raise ValueError(" ".join(problems))
     for name, parameter in module.named_parameters():
         is_frozen = frozen.holds(name, first_layer=first_layer, is_tied=shape.is_tied)
         parameter.requires_grad_(not is_frozen)
@@ -41,20 +43,3 @@ def let_gradients_start(embedding: torch.nn.Module) -> None:
             hidden.requires_grad_()
 
     embedding.register_forward_hook(ask)
-
-
-def _require_sense(frozen: Frozen, shape: ModelShape) -> None:
-    beyond = sorted(layer for layer in frozen.layers if layer >= shape.num_layers)
-    if beyond:
-        raise ValueError(
-            f"learner.freeze names layer {beyond[0]}, but the model has {shape.num_layers} layers, "
-            f"0 to {shape.num_layers - 1}."
-        )
-    if shape.is_tied and "output_layer" in frozen.parts:
-        raise ValueError(
-            'learner.freeze names "output_layer", but the output layer of this model is its '
-            'embedding (tie_word_embeddings). Name "embedding", which freezes both, or nothing.'
-        )
-    parts = {"embedding", "final_norm"} | (set() if shape.is_tied else {"output_layer"})
-    if parts <= frozen.parts and len(frozen.layers) == shape.num_layers:
-        raise ValueError("learner.freeze names every parameter, so nothing would train.")

@@ -97,13 +97,6 @@ def build_on_meta(hf: Any, shape: ModelShape, here: Processes, dtype: torch.dtyp
         return build(config, shape, here)
 
 
-def sharded_state(module: Any) -> dict[str, Any]:
-    """Where each parameter lies in a checkpoint, as Megatron describes it, by parameter name."""
-    metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
-    found: dict[str, Any] = module.sharded_state_dict(metadata=metadata)
-    return found
-
-
 class _StaysOnMeta(TorchFunctionMode):
     """Megatron moves tied embeddings to the GPU while it builds; there is nothing to move."""
 

@@ -55,10 +55,10 @@ class Resources:
     """Of one program."""
     wide_loads: int
     """Load instructions of 16 bytes a thread."""
-    wide_stores: int
     float64_instructions: int
-    exp2_per_wide_load: float
-    """How many exponentials stand beside a load of 16 bytes; the row kernels' second limit."""
+    loop_instructions_per_logit: float | None
+    """Machine instructions of the loop over whole blocks of a row, for each logit of a thread; the
+    row kernels' limit beside memory. None for kernels without such a loop."""
 
 
 def row_variants() -> Iterator[Variant]:
@@ -161,29 +161,43 @@ def compile_variant(variant: Variant, target: str) -> Resources:
     )
     ptx = str(built.asm["ptx"])
     usage = _resource_usage(built.asm["cubin"])
-    wide_loads = len(re.findall(r"ld\.global\.\S*v4\.b32", ptx))
     return Resources(
         name=variant.name,
         target=target,
         registers=usage["REG"],
         spilled_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=int(built.metadata.shared),
-        wide_loads=wide_loads,
-        wide_stores=len(re.findall(r"st\.global\.\S*v4\.b32", ptx)),
+        wide_loads=len(re.findall(r"ld\.global\.\S*v4\.b32", ptx)),
         float64_instructions=len(re.findall(r"\.f64", ptx)),
-        exp2_per_wide_load=round(ptx.count("ex2.approx") / max(wide_loads, 1), 2),
+        loop_instructions_per_logit=_loop_instructions(built.asm["cubin"]),
     )
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
     """REG, STACK, LOCAL, SHARED of the one function in it."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = _nvidia_tool("cuobjdump", "-res-usage", cubin)
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", text)}
+
+
+def _loop_instructions(cubin: bytes) -> float | None:
+    """Of the shortest loop with loads of 16 bytes, for each of a thread's logits."""
+    blocks = re.split(r"^(\.L_x_\d+):$", _nvidia_tool("nvdisasm", "-c", cubin), flags=re.MULTILINE)
+    loops = [
+        len(re.findall(r"/\*[0-9a-f]{4}\*/", block))
+        for label, block in zip(blocks[1::2], blocks[2::2], strict=True)
+        if "LDG.E.128" in block and re.search(rf"BRA.*{re.escape(label)}\)", block)
+    ]
+    return round(min(loops) / launch.LOGITS_PER_LANE, 1) if loops else None
+
+
+def _nvidia_tool(name: str, option: str, cubin: bytes) -> str:
+    """What one of the tools in Triton's package prints."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        words = [str(tool), "-res-usage", file.name]
-        text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", text)}
+        words = [str(tool), option, file.name]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
 def main(targets: list[str]) -> int:

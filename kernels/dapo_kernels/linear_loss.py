@@ -246,25 +246,19 @@ class _LinearDapoLoss(torch.autograd.Function):
         )
         ctx.grad_hidden = None if of_hidden is None else of_hidden.finish()
         ctx.of_weight = of_weight
-        ctx.is_spent = False
         ctx.mark_non_differentiable(figures)
         return loss, figures
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.is_spent:
+        grad_hidden, of_weight = ctx.grad_hidden, ctx.of_weight
+        if grad_hidden is None and of_weight is None:
             raise RuntimeError(
                 "linear_dapo_loss: a second backward, but the gradients were formed once, in the "
                 "forward, and handed over. Call the function again, or use linear_logprob."
             )
-        ctx.is_spent = True
-        grad_hidden, of_weight, ctx.grad_hidden, ctx.of_weight = (
-            ctx.grad_hidden,
-            ctx.of_weight,
-            None,
-            None,
-        )
+        ctx.grad_hidden = ctx.of_weight = None
         if of_weight is not None:
             grad_loss = of_weight.require_one(grad_loss, nobody_else=grad_hidden is None)
         if grad_hidden is not None:

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from dapo_hpc.learner import convert, cpu
 from dapo_hpc.learner.checkpoint import Checkpoints, Progress
+from dapo_hpc.learner.checkpoint_state import sharded_state
 from dapo_hpc.learner.convert import export_checkpoint, import_model
-from dapo_hpc.learner.meta_model import sharded_state
 from dapo_hpc.learner.model import Policy
 from dapo_hpc.learner.parallel import Layout, Processes, connect, disconnect
 from dapo_hpc.weights.source import SafetensorsSource

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
@@ -15,14 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "perf"))
 
 import bench_learner  # noqa: E402
 from dapo_hpc.learner.packing import pack, plan_step  # noqa: E402
-from dapo_hpc.learner.parallel import Layout, connect, disconnect  # noqa: E402
 from learner_bench import flops, ours, plain, report  # noqa: E402
 from learner_bench.batch import draw, sequences, summaries  # noqa: E402
 from learner_bench.clock import PHASES  # noqa: E402
@@ -119,14 +116,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def learner(model: Path, tmp_path: Path) -> Iterator[ours.Learner]:
-    """Alone in this process; the groups of other tests' learner come back afterwards."""
-    was_connected = dist.is_initialized()
-    disconnect()
-    yield ours.Learner(job("ours", model), 0, tmp_path)
-    disconnect()
-    if was_connected:
-        connect(Layout(), 0, None)
+def learner(model: Path, tmp_path: Path, alone: None) -> ours.Learner:  # noqa: ARG001
+    return ours.Learner(job("ours", model), 0, tmp_path)
 
 
 def test_ours_and_the_plain_steps_compute_the_same(model: Path, learner: ours.Learner) -> None:

@@ -22,8 +22,8 @@ from dapo_hpc import cli
 from dapo_hpc.config import dump
 from dapo_hpc.learner import cpu
 from dapo_hpc.learner.checkpoint import Checkpoints, Progress
+from dapo_hpc.learner.checkpoint_state import sharded_state
 from dapo_hpc.learner.convert import export_checkpoint, import_model
-from dapo_hpc.learner.meta_model import sharded_state
 from dapo_hpc.learner.model import Policy
 from dapo_hpc.learner.parallel import Layout, connect, disconnect
 from dapo_hpc.weights.source import SafetensorsSource

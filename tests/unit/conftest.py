@@ -1,4 +1,4 @@
-"""Conversions and dry runs play ranks of their own, so no learner may be connected meanwhile."""
+"""For tests that form parallel groups of their own, which a process has once."""
 
 from __future__ import annotations
 
