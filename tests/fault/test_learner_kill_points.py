@@ -144,12 +144,15 @@ def tensors(life: Life) -> dict[str, torch.Tensor]:
     return found
 
 
+def digest(path: Path) -> str:
+    """Short, because pytest explains a difference of megabytes for minutes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def tensor_files(life: Life) -> dict[str, str]:
     """Name -> digest: parameters and moments at the end."""
     last = checkpoint_files.directory_of(life.run.checkpoints, life.total_steps)
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in last.glob("*.distcp")
-    }
+    return {path.name: digest(path) for path in last.glob("*.distcp")}
 
 
 def difference(one: Life, other: Life) -> float:
@@ -166,7 +169,7 @@ def figures(life: Life) -> list[list[float]]:
 
 
 def check_bitwise(killed: Life, whole: Life) -> None:
-    mine, theirs = ((life.run.model / "model.safetensors").read_bytes() for life in (killed, whole))
+    mine, theirs = (digest(life.run.model / "model.safetensors") for life in (killed, whole))
     assert mine == theirs, "the model"
     assert tensor_files(killed) == tensor_files(whole) != {}, "parameters and moments"
     assert figures(killed) == figures(whole), "the figures of every step"
