@@ -294,7 +294,8 @@ class LaunchSection(Section):
     """The local launcher."""
 
     max_restarts: NonNegative = 3
-    """A process that dies is restarted in place this often, then the run stops."""
+    """A process that dies is restarted in place; after so many deaths without a further step of the
+    run, the run stops."""
     stop_s: PositiveFloat = 8.0
     """Processes that are asked to stop are killed after this long."""
 

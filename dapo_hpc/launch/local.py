@@ -59,6 +59,7 @@ class Fleet:
     view: View
     request: StopRequest
     is_complete: Callable[[], bool]
+    step: Callable[[], int]
     stop_s: float
     _live: dict[str, RoleProcess] = field(default_factory=dict)
     _attempts: dict[str, int] = field(default_factory=dict)
@@ -101,7 +102,7 @@ class Fleet:
         command = process.command
         cause = message_of(last_line(command.log))
         ended = Exit(unit=command.unit, process=name, code=code)
-        decision = self.policy.decide(ended, is_complete=self.is_complete())
+        decision = self.policy.decide(ended, is_complete=self.is_complete(), step=self.step())
         if command.unit in self.policy.preparing and decision == "wait":
             self._start_units_after(command.unit)
         if isinstance(decision, Finish):
@@ -174,6 +175,7 @@ def run_units(
     *,
     leader: str,
     is_complete: Callable[[], bool],
+    step: Callable[[], int],
     max_restarts: int,
     stop_s: float,
     view: View,
@@ -185,13 +187,14 @@ def run_units(
         commands: what to start, once each.
         leader: unit whose end is the end of all.
         is_complete: whether the leader's result is there; its exit 0 without it is a death.
-        max_restarts: of each unit.
+        step: the furthest step that the run has reached.
+        max_restarts: of each unit, without a further step in between.
         stop_s: processes that are asked to stop are killed after this long.
         view: what the person in front sees.
         request: stop requests.
 
     Returns:
-        COMPLETE, FAILED (a unit died more than max_restarts times) or INTERRUPTED. Whichever it
+        COMPLETE, FAILED (a unit died too often) or INTERRUPTED. Whichever it
         is, none of the processes is left.
     """
     sizes: dict[str, int] = {}
@@ -209,6 +212,7 @@ def run_units(
         view=view,
         request=request,
         is_complete=is_complete,
+        step=step,
         stop_s=stop_s,
     ).run()
 

@@ -30,6 +30,8 @@ class Session:
     config: RunConfig
     view: View
     request: StopRequest
+    row_kind: Literal["step", "sft"]
+    """Of the rows of metrics.jsonl that count its progress."""
 
     def stage(
         self,
@@ -42,6 +44,7 @@ class Session:
             commands,
             leader=leader,
             is_complete=is_complete,
+            step=lambda: metrics.newest_step(self.run.metrics, self.row_kind),
             max_restarts=launch.max_restarts,
             stop_s=launch.stop_s,
             view=self.view,
@@ -132,11 +135,13 @@ def _ensure_auth(run: RunDir) -> None:
 
 
 @contextmanager
-def _session(run: RunDir, config: RunConfig, kind: str, total_steps: int) -> Iterator[Session]:
+def _session(
+    run: RunDir, config: RunConfig, kind: Literal["step", "sft"], total_steps: int
+) -> Iterator[Session]:
     with prepare.lock_run(run), local.stop_requests() as request:
         view = make_view(run.metrics, kind=kind, total_steps=total_steps)
         try:
-            yield Session(run=run, config=config, view=view, request=request)
+            yield Session(run=run, config=config, view=view, request=request, row_kind=kind)
         finally:
             view.close()
 

@@ -57,18 +57,23 @@ class RestartPolicy:
     sizes: dict[Unit, int]
     """Processes of each unit."""
     max_restarts: int
+    """Of each unit without progress of the run in between."""
     preparing: frozenset[Unit] = frozenset()
     """Units that do one thing and exit 0; another exit ends the run, since it is no accident."""
     _restarts: dict[Unit, int] = field(default_factory=dict)
+    _steps: dict[Unit, int] = field(default_factory=dict)
+    """Steps the run had done when a unit died last."""
     _finished: int = 0
     """Processes of the leader that have exited 0 in its present life."""
 
-    def decide(self, ended: Exit, *, is_complete: bool) -> Decision:
+    def decide(self, ended: Exit, *, is_complete: bool, step: int) -> Decision:
         """What to do about one exit. After Restart, further exits of that life are not reported.
 
         Args:
             ended: the exit.
             is_complete: the run's result is there; exit 0 of the leader without it is a death.
+            step: the furthest step that the run has reached. A unit that dies over and over at the
+                same step runs out of restarts; one that dies once a day never does.
         """
         if ended.unit in self.preparing:
             return "wait" if ended.code == 0 else GiveUp(unit=ended.unit, restarts=0)
@@ -80,6 +85,9 @@ class RestartPolicy:
                 return Finish()
         if ended.unit == self.leader:
             self._finished = 0
+        if step > self._steps.get(ended.unit, step):
+            self._restarts[ended.unit] = 0
+        self._steps[ended.unit] = step
         number = self._restarts.get(ended.unit, 0) + 1
         if number > self.max_restarts:
             return GiveUp(unit=ended.unit, restarts=self.max_restarts)

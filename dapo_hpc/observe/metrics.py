@@ -138,3 +138,9 @@ def read(path: Path, kind: str) -> list[dict[str, Any]]:
         if row["kind"] == kind:
             by_step[row["step"]] = row
     return [by_step[step] for step in sorted(by_step)]
+
+
+def newest_step(path: Path, kind: str) -> int:
+    """The furthest step with a row of a kind; 0 without any."""
+    rows = read(path, kind)
+    return int(rows[-1]["step"]) if rows else 0

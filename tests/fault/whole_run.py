@@ -37,6 +37,11 @@ SMALL: dict[str, object] = {
     **QUICK,
 }
 """A run of seconds."""
+DEMO_STEPS = 16
+DEMO_SCALE: dict[str, object] = {**QUICK, "run.total_steps": DEMO_STEPS}
+"""The demo, a little shorter."""
+START_AT_MOST = 0.55
+END_AT_LEAST = 0.90
 
 
 def dapo(*words: str, **options: object) -> subprocess.Popen[str]:
@@ -97,11 +102,14 @@ class WholeRun:
 
     def wait_for_step(self, step: int, limit_s: float = 180.0) -> None:
         deadline = time.monotonic() + limit_s
-        while not any(row["step"] >= step for row in self.steps()):
+        while not self.has_step(step):
             assert self.process is not None
             assert self.process.poll() is None, f"the run ended early:\n{self.output()[-4000:]}"
             assert time.monotonic() < deadline, f"no step {step}:\n{self.output()[-4000:]}"
             time.sleep(0.1)
+
+    def has_step(self, step: int) -> bool:
+        return any(row["step"] >= step for row in self.steps())
 
     def pids(self, role: str = "") -> list[int]:
         """Live processes of this run, found by their command line; with a role, only those."""
@@ -140,3 +148,16 @@ class WholeRun:
             self.process.wait()
         for pid in self.pids():
             os.kill(pid, signal.SIGKILL)
+
+
+def assert_learned(demo: WholeRun) -> None:
+    """DEMO_SCALE reached its accuracy, each step trained once, the accounts close."""
+    evals = {row["step"]: row["eval/accuracy"] for row in metrics.read(demo.run.metrics, "eval")}
+    assert evals[0] < START_AT_MOST
+    assert evals[DEMO_STEPS] >= END_AT_LEAST
+    rows = demo.steps()
+    assert [row["step"] for row in rows] == list(range(1, DEMO_STEPS + 1))
+    assert all(row["learner/first_ratio_max_diff"] == 0 for row in rows)
+    assert all(row["mismatch/mean_diff"] < 1e-5 for row in rows)
+    assert all(row["train/groups"] == 24 for row in rows)
+    demo.assert_accounts_close()

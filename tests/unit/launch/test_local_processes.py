@@ -64,6 +64,7 @@ def run(
         commands,
         leader=leader,
         is_complete=lambda: True,
+        step=lambda: 0,
         max_restarts=max_restarts,
         stop_s=stop_s,
         view=view,
@@ -196,7 +197,7 @@ LAUNCHER = """
     view = PlainView(Follower(here / "metrics.jsonl"), Progress("step", 1), ())
     with local.stop_requests() as request:
         sys.exit(local.run_units(commands, leader="learner", max_restarts=1, stop_s=8.0,
-                                 is_complete=lambda: True,
+                                 is_complete=lambda: True, step=lambda: 0,
                                  view=view, request=request))
 """
 

@@ -22,8 +22,8 @@ def ended(unit: str, code: int) -> Exit:
     return Exit(unit=unit, process=unit, code=code)
 
 
-def decide(rules: RestartPolicy, exit: Exit) -> Decision:
-    return rules.decide(exit, is_complete=True)
+def decide(rules: RestartPolicy, exit: Exit, step: int = 0) -> Decision:
+    return rules.decide(exit, is_complete=True, step=step)
 
 
 def test_exit_0_of_every_leader_rank_is_the_end_of_the_run() -> None:
@@ -51,6 +51,27 @@ def test_delays_grow_and_the_limit_ends_the_run() -> None:
     assert decide(rules, ended("actor-0", -9)) == GiveUp(unit="actor-0", restarts=3)
 
 
+def test_a_further_step_gives_all_restarts_back() -> None:
+    """Preempted once a day, a unit lives for ever; dying at the same step, it does not."""
+    rules = policy(max_restarts=2)
+    for step in range(10):
+        assert decide(rules, ended("actor-0", -9), step) == Restart(
+            unit="actor-0", delay_s=1.0, number=1
+        )
+        assert decide(rules, ended("actor-0", -9), step) == Restart(
+            unit="actor-0", delay_s=2.0, number=2
+        )
+    assert isinstance(decide(rules, ended("actor-0", -9), 9), GiveUp)
+
+
+def test_going_over_old_steps_again_is_no_progress() -> None:
+    """The learner that dies at step 7 goes back to its checkpoint and dies at step 7."""
+    rules = policy(max_restarts=2)
+    assert isinstance(decide(rules, ended("learner", 1), 7), Restart)
+    assert isinstance(decide(rules, ended("learner", 1), 7), Restart)
+    assert isinstance(decide(rules, ended("learner", 1), 7), GiveUp)
+
+
 def test_units_have_their_own_limits() -> None:
     rules = policy(max_restarts=1)
     assert isinstance(decide(rules, ended("buffer", 1)), Restart)
@@ -76,5 +97,5 @@ def test_exit_text_names_signals() -> None:
 
 
 def test_a_leader_that_was_told_to_stop_has_not_finished_the_run() -> None:
-    decision = policy().decide(ended("learner", 0), is_complete=False)
+    decision = policy().decide(ended("learner", 0), is_complete=False, step=0)
     assert decision == Restart(unit="learner", delay_s=5.0, number=1)
