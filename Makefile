@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 SEED ?= 0
+SEEDS ?= 1000
+SEED0 ?= 1
 ifndef RUN
 # The first name that no earlier demo has taken: demo-0, demo-0-2, demo-0-3, ...
 RUN := $(shell n=demo-$(SEED); r=$$n; i=2; \
@@ -9,7 +11,7 @@ RUN := $(shell n=demo-$(SEED); r=$$n; i=2; \
 endif
 DEMO_SET := --set run.seed=$(SEED) --set run.name=$(RUN)
 
-.PHONY: help setup demo test test-full check lint fmt golden bench bench-peer bench-kernels bench-learner clean
+.PHONY: help setup demo test test-full check lint fmt golden bench bench-peer bench-kernels bench-learner bench-dispatch chaos clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
@@ -57,6 +59,12 @@ bench-kernels: setup  ## the kernels beside their peers, 9 minutes on a GPU
 
 bench-learner: setup  ## a step of the learner in each layout, beside a plain step
 	$(PY) perf/bench_learner.py
+
+bench-dispatch: setup  ## how fast a batch is filled, simulated beside other policies and oracles
+	$(PY) perf/sim_dispatch.py
+
+chaos: setup  ## the buffer in SEEDS simulated worlds full of faults, from SEED0 on
+	$(PY) -m tests.chaos.run --seeds $(SEEDS) --seed0 $(SEED0)
 
 clean:  ## caches and build products; runs, data and .venv stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

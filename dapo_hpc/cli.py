@@ -8,8 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dapo_hpc.run_dir import deny_others_writing
+
 if TYPE_CHECKING:
     from dapo_hpc.config import RunConfig
+    from dapo_hpc.plan import Plan
 
 BAD_INPUT = 2
 """Exit code when nothing was started because of what the user gave."""
@@ -18,6 +21,7 @@ BAD_INPUT = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the exit code."""
     args = parser().parse_args(argv)
+    deny_others_writing()
     try:
         command: Callable[[argparse.Namespace], int] = args.command
         return command(args)
@@ -91,6 +95,11 @@ def _add_looks(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     status.add_argument("run", type=Path, help="run directory")
     status.set_defaults(command=_status)
 
+    history = verbs.add_parser("history", help="what became of each prompt, as Parquet files")
+    history.add_argument("run", type=Path, help="run directory")
+    history.add_argument("--out", type=Path, help="directory to write (default: RUN/report)")
+    history.set_defaults(command=_history)
+
     report = verbs.add_parser("report", help="draw a run's curves")
     report.add_argument("run", type=Path, help="run directory")
     report.set_defaults(command=_report)
@@ -98,6 +107,9 @@ def _add_looks(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     check = verbs.add_parser("check", help="the plan of a run and its problems; starts nothing")
     check.add_argument("config", type=Path)
     check.add_argument("--json", action="store_true", help="bytes and counts for a program")
+    check.add_argument(
+        "--build", action="store_true", help="also build each learner rank, without memory"
+    )
     _add_set(check)
     check.set_defaults(command=_check)
 
@@ -139,7 +151,7 @@ def _train(args: argparse.Namespace) -> int:
 
     if args.resume:
         return session.resume(args.resume, args.overrides, "train")
-    return session.train(_load(args))
+    return session.train(_load(args), args.config)
 
 
 def _sft(args: argparse.Namespace) -> int:
@@ -147,13 +159,13 @@ def _sft(args: argparse.Namespace) -> int:
 
     if args.resume:
         return session.resume(args.resume, args.overrides, "sft")
-    return session.sft(_load(args))
+    return session.sft(_load(args), args.config)
 
 
 def _eval(args: argparse.Namespace) -> int:
     from dapo_hpc.launch import session
 
-    return session.evaluate(_load(args), args.model)
+    return session.evaluate(_load(args), args.model, args.config)
 
 
 def _demo_data(args: argparse.Namespace) -> int:
@@ -165,6 +177,9 @@ def _demo_data(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from dapo_hpc.roles.startup import silence_megatron
+
+    silence_megatron()
     from dapo_hpc.learner import convert
 
     convert.use_one_thread()
@@ -173,6 +188,9 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
+    from dapo_hpc.roles.startup import silence_megatron
+
+    silence_megatron()
     from dapo_hpc.learner import convert
     from dapo_hpc.learner.model import DTYPES
 
@@ -190,6 +208,17 @@ def _status(args: argparse.Namespace) -> int:
     return 0
 
 
+def _history(args: argparse.Namespace) -> int:
+    from dapo_hpc.buffer.export import export
+    from dapo_hpc.run_dir import RunDir
+
+    run = RunDir(args.run)
+    out = args.out or run.report
+    num_groups, num_responses = export(run, out)
+    print(f"{out}: {num_groups} groups, {num_responses} responses.")
+    return 0
+
+
 def _report(args: argparse.Namespace) -> int:
     from dapo_hpc.observe import report
     from dapo_hpc.run_dir import RunDir
@@ -203,6 +232,8 @@ def _check(args: argparse.Namespace) -> int:
     from dapo_hpc.plan import as_json, make_plan, print_plan
 
     plan = make_plan(_load(args), args.config.parent)
+    if args.build:
+        plan = _built(plan)
     if args.json:
         print(as_json(plan))
     else:
@@ -212,6 +243,20 @@ def _check(args: argparse.Namespace) -> int:
     if not args.json:
         print(f"{args.config}: no problems.")
     return 0
+
+
+def _built(plan: Plan) -> Plan:
+    from dapo_hpc.roles.startup import silence_megatron
+
+    silence_megatron()
+    try:
+        from dapo_hpc.learner.build_check import with_build
+    except ModuleNotFoundError as absent:
+        raise ValueError(
+            f"dapo check --build needs what the learner needs, and {absent.name} is not installed. "
+            "Leave --build out, or check where the learner runs."
+        ) from None
+    return with_build(plan)
 
 
 def _config_show(args: argparse.Namespace) -> int:
@@ -227,6 +272,7 @@ def _role(args: argparse.Namespace) -> int:
 
     from dapo_hpc.config import load
     from dapo_hpc.observe import log
+    from dapo_hpc.observe.final import refusals_are_final
     from dapo_hpc.run_dir import RunDir
 
     own = {
@@ -239,8 +285,10 @@ def _role(args: argparse.Namespace) -> int:
     log.setup(args.name if number is None else f"{args.name}-{number}")
     run = RunDir(args.run)
     try:
+        with refusals_are_final():
+            config = load(run.config)
         module = import_module(f"dapo_hpc.roles.{args.name}")
-        return int(module.main(run, load(run.config), **own))
+        return int(module.main(run, config, **own))
     except Exception as error:
         log.exit_with_cause(error)
 

@@ -1,6 +1,6 @@
 """The run directory: every path of a run, named once.
 
-runs/<name>/ config.toml env.json endpoint.json auth/ prompts/ buffer/ weights/ checkpoints/
+runs/<name>/ config.toml env.json endpoint.json auth/ jobs/ prompts/ buffer/ weights/ checkpoints/
              logs/ metrics.jsonl eval/ report/ model/
 """
 
@@ -45,6 +45,11 @@ class RunDir:
         return self.root / "auth"
 
     @property
+    def jobs(self) -> Path:
+        """What the scheduler runs; 0700, because it may hold pickles."""
+        return self.root / "jobs"
+
+    @property
     def train_prompts(self) -> Path:
         """Prepared training prompts: tokenized, filtered, without duplicates."""
         return self.root / "prompts" / "train.parquet"
@@ -62,6 +67,11 @@ class RunDir:
     def status(self) -> Path:
         """The buffer's last snapshot, readable when every process is dead."""
         return self.root / "buffer" / "status.json"
+
+    @property
+    def disk_full(self) -> Path:
+        """Exists, empty, while the buffer waits for space on the disk."""
+        return self.root / "buffer" / "DISK_FULL"
 
     @property
     def weights(self) -> Path:
@@ -93,6 +103,14 @@ class RunDir:
     def model(self) -> Path:
         """The trained model in Hugging Face format; appears when the run is complete."""
         return self.root / "model"
+
+
+def deny_others_writing() -> None:
+    """From here on this process, and those it starts, make no file that group or others may write.
+
+    Many clusters give each user a umask that lets the group write.
+    """
+    os.umask(os.umask(0o022) | 0o022)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """The books must balance: invariants that are checked while the buffer runs, and its figures.
 
 Each check compares two independent entries: a counter kept at every transition, and a recount of
-what is there.
+what is there. docs/buffer.md, "Invariants", says what is tested where.
 """
 
 from __future__ import annotations
@@ -10,16 +10,62 @@ from collections import Counter
 from collections.abc import Sequence
 
 from dapo_hpc.buffer.book import Book
+from dapo_hpc.buffer.forecast import MAX_OPEN
 from dapo_hpc.buffer.group import Group
+from dapo_hpc.buffer.selection import BufferSettings
 from dapo_hpc.buffer.state import Batch
 from dapo_hpc.records import EvalResult, Prompt
 
-LEASE_ENDS = ("expired", "released", "failed", "aborted")
+INVARIANTS = tuple(f"I{number}" for number in range(1, 12))
+LEASE_ENDS = ("expired", "released", "failed", "crashed", "aborted")
 USED_UP = ("taken", "all_correct", "all_wrong", "parked")
 """States from which a prompt does not return to the order."""
+WASTE = (
+    "all_correct",
+    "all_wrong",
+    "stale",
+    "surplus",
+    "quarantined",
+    "parked",
+    "preempted",
+    "duplicate",
+)
+"""Why tokens were sampled in vain."""
+MAX_SENTENCES = 1000
+"""Violations remembered apart; a broken run must not fill the memory with them."""
 
 
-def violations(book: Book) -> list[str]:
+class Audit:
+    """The violations of one buffer process, each counted once."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def look(self, book: Book, settings: BufferSettings) -> list[str]:
+        """What does not hold now."""
+        found = violations(book, settings)
+        self.note(found)
+        return found
+
+    def look_at_batch(self, book: Book, step: int) -> None:
+        """I7: a batch handed out again has the content it had when it closed."""
+        batch = book.state.batches[step]
+        if book.batch_digest(batch.group_ids) != batch.digest:
+            self.note([f"I7: batch {step} is not what it was when it closed."])
+
+    def note(self, sentences: list[str]) -> None:
+        """Count violations that somebody found."""
+        for sentence in sentences:
+            if len(self._seen) < MAX_SENTENCES:
+                self._seen.add(sentence)
+
+    def counts(self) -> dict[str, int]:
+        """By invariant, zeros included."""
+        found = Counter(sentence.partition(":")[0] for sentence in self._seen)
+        return {name: found[name] for name in INVARIANTS}
+
+
+def violations(book: Book, settings: BufferSettings) -> list[str]:
     """One sentence for each invariant that does not hold; empty when the books balance."""
     return [
         *_payload_kept(book),
@@ -27,8 +73,11 @@ def violations(book: Book) -> list[str]:
         *_batches_sound(book),
         *_responses_conserved(book),
         *_groups_conserved(book),
+        *_tokens_conserved(book),
         *_prompts_conserved(book),
         *_leases_sound(book),
+        *_in_order(book, settings),
+        *_bounded(book, settings),
     ]
 
 
@@ -119,6 +168,41 @@ def _groups_conserved(book: Book) -> list[str]:
     return found
 
 
+def _tokens_conserved(book: Book) -> list[str]:
+    """I6: delivered = trained + evaluated + wasted by cause + held by groups under way."""
+    delivered = book.state.counters.get("tokens_delivered", 0)
+    used = token_counts(book)
+    if delivered == sum(used.values()):
+        return []
+    return [f"I6: {delivered} tokens were delivered, but {used} are accounted for."]
+
+
+def token_counts(book: Book) -> dict[str, int]:
+    """What became of all tokens that actors delivered."""
+    counters = book.state.counters
+    held = (g.num_tokens() for g in book.state.groups.values() if g.state in ("open", "ready"))
+    return {
+        "trained": counters.get("tokens_taken", 0),
+        "evaluated": counters.get("tokens_evaluated", 0),
+        "in_flight": sum(held),
+        **{cause: counters.get(f"tokens_{cause}", 0) for cause in WASTE},
+    }
+
+
+def token_shares(book: Book, generated_tokens: int) -> dict[str, float]:
+    """What became of all tokens that actors say they sampled; the shares add up to 1.
+
+    'unreported' was sampled, but did not arrive: it is on its way, was given up by an actor that
+    was told to, or was lost with one. `generated_tokens` is as of each actor's last message; what a
+    killed actor sampled after it, at most a heartbeat's worth, nobody knows.
+    """
+    counts = token_counts(book)
+    delivered = sum(counts.values())
+    counts["unreported"] = max(0, generated_tokens - delivered)
+    total = max(generated_tokens, delivered)
+    return {name: count / total if total else 0.0 for name, count in counts.items()}
+
+
 def _prompts_conserved(book: Book) -> list[str]:
     """I9: every position dispatched is live, used up, or at the head of the order."""
     counts = group_counts(book)
@@ -143,20 +227,43 @@ def _leases_sound(book: Book) -> list[str]:
     return found
 
 
-def buffer_metrics(book: Book, num_violations: int) -> dict[str, float]:
+def _in_order(book: Book, settings: BufferSettings) -> list[str]:
+    """I8: no group that is still to be trained was dispatched before one that was taken."""
+    state = book.state
+    if settings.closing != "dispatch_order" or not state.batches:
+        return []
+    last = max(max(batch.group_ids) for batch in state.batches.values())
+    return [f"I8: group {g} was overtaken by group {last}." for g in book.live if g < last]
+
+
+def _bounded(book: Book, settings: BufferSettings) -> list[str]:
+    """I11: leases are withheld before there is more to keep than the bound."""
+    limit = MAX_OPEN * (settings.max_staleness + 1) * settings.prompts_per_step
+    if len(book.live) <= limit:
+        return []
+    return [f"I11: {len(book.live)} groups are open or ready; the bound is {limit}."]
+
+
+def buffer_metrics(book: Book, generated_tokens: int, violated: dict[str, int]) -> dict[str, float]:
     """`buffer/*` counters from the start of the run."""
     counters = book.state.counters
     window = book.state.window
-    tokens = ("all_correct", "all_wrong", "stale", "surplus", "preempted", "duplicate")
     return {
         "buffer/groups_informative": counters.get("groups_informative", 0),
         "buffer/groups_all_correct": counters.get("train_all_correct", 0),
         "buffer/groups_all_wrong": counters.get("train_all_wrong", 0),
         "buffer/kept_frac": window.informative / window.groups if window.groups else 0.0,
-        **{f"buffer/tokens_{c}": counters.get(f"tokens_{c}", 0) for c in (*tokens, "quarantined")},
+        **{f"buffer/tokens_{name}": n for name, n in token_counts(book).items()},
+        **{
+            f"buffer/tokens_{name}_frac": share
+            for name, share in token_shares(book, generated_tokens).items()
+        },
         "buffer/leases_expired": counters.get("leases_expired", 0),
+        "buffer/leases_crashed": counters.get("leases_crashed", 0),
         "buffer/prompts_parked": counters.get("train_parked", 0),
-        "buffer/invariant_violations": num_violations,
+        "buffer/prompts_suspect": sum(g.deaths > 1 for g in book.live.values()),
+        "buffer/invariant_violations": sum(violated.values()),
+        **{f"buffer/{name.lower()}_violations": n for name, n in violated.items()},
         "train/accuracy": window.correct / window.responses if window.responses else 0.0,
     }
 

@@ -1,7 +1,8 @@
 """The secrets of one run: a self-signed certificate, its key and a bearer token.
 
 Who can read `auth/` can speak to the buffer, nobody else: the run's certificate is the only trust
-anchor of its clients, and the token is compared in constant time.
+anchor of its clients, and the token is compared in constant time. So the modes of the run's files
+are part of the lock, and are looked at before they are relied on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ VALID_DAYS = 3650
 
 
 def create_auth(run: RunDir) -> None:
-    """Create the run's secrets, once; a second call, or a race, leaves the first ones."""
+    """Create the run's secrets, once; a second call, or a race, leaves the first ones.
+
+    Raises ValueError when others could change the run's files, or read its secrets.
+    """
+    check_modes(run)
     if run.auth.exists():
         check_auth(run)
         return
@@ -45,14 +50,44 @@ def create_auth(run: RunDir) -> None:
 
 def check_auth(run: RunDir) -> None:
     """Raises ValueError when the secrets are incomplete, or others could read them."""
-    for path in (run.auth, *(run.auth / name for name in (CERTIFICATE, KEY, TOKEN))):
+    for path in _secrets(run):
         if not path.exists():
             raise ValueError(f"{path} is missing; delete {run.auth} and start the run again.")
-        mode = path.stat().st_mode & 0o777
-        if mode & 0o077:
+        _require_private(run, path)
+
+
+def _secrets(run: RunDir) -> list[Path]:
+    return [run.auth, *(run.auth / name for name in (CERTIFICATE, KEY, TOKEN))]
+
+
+def _require_private(run: RunDir, path: Path) -> None:
+    mode = path.stat().st_mode & 0o777
+    if mode & 0o077:
+        raise ValueError(
+            f"{path} has mode {mode:o}: other users could speak to this run's buffer. Expected "
+            f"no access for group and others; run chmod -R go-rwx {run.auth}."
+        )
+
+
+def check_modes(run: RunDir) -> None:
+    """Raises ValueError when others could change what lies in the run directory, or read `jobs/`.
+
+    Looks at the directory and at what lies directly in it. Others may read it.
+    """
+    mode = run.jobs.stat().st_mode & 0o777 if run.jobs.exists() else 0
+    if mode & 0o077:
+        raise ValueError(
+            f"{run.jobs} has mode {mode:o}: what lies there is executed when a job starts. "
+            "Expected no access for group and others; run chmod -R go-rwx "
+            f"{run.jobs}."
+        )
+    children = sorted(run.root.iterdir()) if run.root.exists() else []
+    for path in (run.root, *children):
+        mode = path.lstat().st_mode & 0o777 if path.exists() and not path.is_symlink() else 0
+        if mode & 0o022:
             raise ValueError(
-                f"{path} has mode {mode:o}: other users could speak to this run's buffer. Expected "
-                f"no access for group and others; run chmod -R go-rwx {run.auth}."
+                f"{path} has mode {mode:o}: other users could change this run's data. Expected no "
+                f"write access for group and others; run chmod -R go-w {run.root}."
             )
 
 
@@ -61,7 +96,12 @@ def token(run: RunDir) -> str:
 
 
 def client_context(run: RunDir) -> ssl.SSLContext:
-    """Trusts the run's certificate and nothing else."""
+    """Trusts the run's certificate and nothing else.
+
+    Raises ValueError when others could read the secrets, FileNotFoundError before there are any.
+    """
+    for path in _secrets(run):
+        _require_private(run, path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cafile=str(run.auth / CERTIFICATE))
     return context

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dapo_hpc.buffer import accounting, selection
+import itertools
+
+from dapo_hpc.buffer import accounting, exhaustion, selection
 from dapo_hpc.buffer import events as ev
 from dapo_hpc.buffer.desk import Desk
-from dapo_hpc.buffer.grants import is_pass_used_up, open_pass
+from dapo_hpc.buffer.grants import is_pass_used_up
 from dapo_hpc.buffer.group import Group
 from dapo_hpc.records import GroupSummary, PolicyVersion
 
@@ -14,6 +16,8 @@ def advance(desk: Desk, now: float) -> None:
     """Do all that has become possible: close batches, finish evaluations, open a pass."""
     while _close_batch(desk, now):
         pass
+    _cut_surplus(desk)
+    exhaustion.say_uniform(desk)
     _finish_evaluations(desk)
     if desk.settings.on_exhausted != "next_pass" and is_pass_used_up(desk):
         _end_of_pass(desk, now)
@@ -27,9 +31,15 @@ def _may_close(desk: Desk) -> bool:
 
 
 def _close_batch(desk: Desk, now: float) -> bool:
-    if not _may_close(desk):
+    settings = desk.settings
+    if desk.num_ready() < settings.prompts_per_step or not _may_close(desk):
+        desk.full_since = None
         return False
-    groups = selection.closable_batch(desk.book.live.values(), desk.settings.prompts_per_step)
+    if desk.full_since is None:
+        desk.full_since = now
+    groups = selection.closable_batch(
+        desk.book.live.values(), settings.prompts_per_step, settings.closing
+    )
     if groups is None:
         return False
     _close(desk, groups, now)
@@ -41,11 +51,14 @@ def _close(desk: Desk, groups: list[Group], now: float) -> None:
     state, settings = desk.book.state, desk.settings
     step = state.current_step
     metrics = {
-        **accounting.buffer_metrics(desk.book, len(accounting.violations(desk.book))),
+        **_own_metrics(desk),
         **accounting.batch_staleness(step, groups),
         **desk.fleet.metrics(now),
         "buffer/passes": state.cursor // desk.prompts.order.num_rows,
+        "buffer/kept_frac_predicted": desk.predicted_rate,
+        "buffer/tail_wait_s": 0.0 if desk.full_since is None else now - desk.full_since,
     }
+    cut = max(group.group_id for group in groups)
     event = ev.BatchClosed(
         step=step,
         group_ids=[group.group_id for group in groups],
@@ -53,12 +66,54 @@ def _close(desk: Desk, groups: list[Group], now: float) -> None:
         is_short=len(groups) < settings.prompts_per_step,
         min_step=desk.oldest_step(),
         is_filtered=settings.dynamic_sampling,
+        measured=_measured(desk, groups, cut),
+        measured_to=cut if settings.max_staleness else state.next_group_id - 1,
         metrics={name: float(value) for name, value in metrics.items()},
         actor_stats=desk.fleet.stats(),
     )
     desk.emit(event)
+    desk.full_since = desk.waiting_since = None
+    desk.predicted_rate = desk.acceptance_rate()
     for group in list(desk.book.live.values()):
         _keep_or_drop(desk, group)
+
+
+def _own_metrics(desk: Desk) -> dict[str, float]:
+    desk.audit.look(desk.book, desk.settings)
+    generated_tokens = desk.fleet.totals().generated_tokens
+    return accounting.buffer_metrics(desk.book, generated_tokens, desk.audit.counts())
+
+
+def _measured(desk: Desk, groups: list[Group], cut: int) -> list[int]:
+    """Groups by number of correct responses: those of the batch, and the uniform ones between them.
+
+    Not what finished behind the cut: the hardest prompts are missing there, because they take long.
+    """
+    size = desk.settings.group_size
+    measured = [0] * (size + 1)
+    for group in groups:
+        if len(group.indices) == size:
+            measured[group.num_correct] += 1
+    for group_id, is_all_correct in desk.book.state.unmeasured.items():
+        if group_id <= cut:
+            measured[size if is_all_correct else 0] += 1
+    return measured
+
+
+def _cut_surplus(desk: Desk) -> None:
+    """Give up at once what can never enter a batch of a synchronous run.
+
+    When enough groups are certain to be informative, the batch closes with the last of them at the
+    latest, so that whatever was dispatched behind it is surplus. The batch stays the same.
+    """
+    settings = desk.settings
+    is_cut = settings.max_staleness == 0 and settings.closing == "dispatch_order"
+    if not is_cut or len(desk.book.certain) < settings.prompts_per_step:
+        return
+    last = desk.book.certain[settings.prompts_per_step - 1]
+    behind = itertools.takewhile(lambda group_id: group_id > last, reversed(desk.book.live))
+    for group_id in sorted(behind):
+        desk.drop_group(desk.book.live[group_id], "surplus")
 
 
 def _keep_or_drop(desk: Desk, group: Group) -> None:
@@ -80,23 +135,16 @@ def _oldest(versions: set[PolicyVersion]) -> float:
 
 def _end_of_pass(desk: Desk, now: float) -> None:
     """The order has ended: train on what there is, or wait for a person."""
-    state = desk.book.state
     num_ready = desk.num_ready()
     if num_ready < len(desk.book.live) or desk.num_wanted() == 0 or not _may_close(desk):
         return
     if desk.settings.on_exhausted == "wait":
-        notice = (
-            f"all {desk.prompts.order.num_rows} prompts are used and step {state.current_step} has "
-            f"{num_ready} of {desk.settings.prompts_per_step} groups; prompts.on_exhausted is "
-            "'wait', so the run waits. Set it to 'next_pass' or 'smaller_batch' and restart."
-        )
-        if notice not in desk.said:
-            desk.said.add(notice)
-            desk.notices.append(notice)
+        exhaustion.say_waiting(desk, now)
         return
+    exhaustion.say_smaller(desk, now)
     if num_ready:
         _close(desk, list(desk.book.live.values()), now)
-    open_pass(desk)
+    desk.emit(ev.PassOpened())
 
 
 def _finish_evaluations(desk: Desk) -> None:

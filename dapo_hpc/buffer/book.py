@@ -7,18 +7,21 @@ gives the same state again, byte for byte.
 from __future__ import annotations
 
 import bisect
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from dapo_hpc.buffer import events as ev
+from dapo_hpc.buffer.forecast import Tally
 from dapo_hpc.buffer.group import LIVE_STATES, Group, GroupState, LeaseRecord, StoredResponse
+from dapo_hpc.buffer.history import GroupRow
 from dapo_hpc.buffer.state import Batch, Evaluation, Returned, Rollback, State, Window
 from dapo_hpc.records import PolicyVersion
 
-RECENT_GROUPS = 256
-"""Memory of the measured acceptance rate, in groups."""
+HISTORY_DECAY = 0.5
+"""Weight of what was measured before, each time a batch closes: the policy changes with each."""
 
 _WAKING = (
     ev.LeaseEnded,
@@ -48,8 +51,18 @@ class Book:
         """Open and ready training groups in dispatch order."""
         self.waiting: set[int] = set()
         """Groups of both kinds that nobody holds a lease on."""
+        self.waiting_version = 0
+        """Number of changes of that set or of a group in it."""
+        self.tally = Tally()
+        """Open training groups by what is known of them."""
+        self.certain: list[int] = []
+        """Sorted: live training groups that are ready or already hold both outcomes."""
+        self.version = 0
+        """Number of events applied."""
         self.freed: list[int] = []
         """Payload records no longer needed; the store empties this."""
+        self.forgotten: list[GroupRow] = []
+        """Groups that are to be archived; the core empties this."""
         self.wakeups = 0
         """Changes a waiting request may have waited for."""
         for group_id in sorted(self.state.groups):
@@ -68,6 +81,7 @@ class Book:
             ev.Published: self._on_published,
             ev.Evaluated: self._on_evaluated,
             ev.Wasted: self._on_wasted,
+            ev.Archived: self._on_archived,
             ev.Committed: self._on_committed,
             ev.Finished: self._on_finished,
         }
@@ -82,7 +96,8 @@ class Book:
     def apply(self, event: ev.AnyEvent) -> None:
         """Change the state by one event."""
         self._handlers[type(event)](event)
-        if isinstance(event, _WAKING) or (isinstance(event, ev.Stored) and event.outcome):
+        self.version += 1
+        if isinstance(event, _WAKING):
             self.wakeups += 1
 
     def is_abandoned(self, version: PolicyVersion) -> bool:
@@ -111,6 +126,7 @@ class Book:
                 version=None,
                 indices=list(range(event.group_size)),
                 failures=event.failures,
+                deaths=event.deaths,
             )
         )
         self.count("groups_dispatched")
@@ -119,7 +135,7 @@ class Book:
         group = self.state.groups[event.group_id]
         group.lease_id = event.lease_id
         group.lease_ids.append(event.lease_id)
-        self.waiting.discard(group.group_id)
+        self._stop_waiting(group)
         self.state.leases[event.lease_id] = LeaseRecord(
             lease_id=event.lease_id,
             group_id=event.group_id,
@@ -139,7 +155,8 @@ class Book:
         self.count(f"leases_{event.cause}")
         group.lease_id = None
         group.failures += event.cause == "failed"
-        self.waiting.add(group.group_id)
+        group.deaths += event.cause in ("expired", "crashed") and not lease.is_proven
+        self._start_waiting(group)
 
     def unfilled(self, lease: LeaseRecord) -> list[int]:
         """Indices of a lease that no response has filled."""
@@ -149,7 +166,10 @@ class Book:
     # responses
 
     def _on_progressed(self, event: ev.Progressed) -> None:
-        group = self.state.groups[self.state.leases[event.lease_id].group_id]
+        lease = self.state.leases[event.lease_id]
+        group = self.state.groups[lease.group_id]
+        self._prove(lease, group)
+        self.count("tokens_delivered", sum(chunk.num_tokens for chunk in event.chunks))
         for chunk in event.chunks:
             group.partials.setdefault(chunk.index, []).append(chunk)
             self._record_written(chunk.record_id)
@@ -157,6 +177,7 @@ class Book:
     def _on_stored(self, event: ev.Stored) -> None:
         lease = self.state.leases[event.lease_id]
         group = self.state.groups[lease.group_id]
+        self._prove(lease, group)
         if lease.state != "live":
             self.count(f"responses_{lease.state}", -len(event.responses))
         for response in event.responses:
@@ -168,8 +189,18 @@ class Book:
             self._settle(group, event.outcome)
             self._measure(group, event.outcome)
 
+    @staticmethod
+    def _prove(lease: LeaseRecord, group: Group) -> None:
+        lease.is_proven = True
+        group.deaths = 0
+
     def _fill(self, group: Group, response: StoredResponse) -> None:
+        self._count_open(group, -1)
+        self.waiting_version += group.group_id in self.waiting
+        new_tokens = response.num_tokens - group.known_tokens(response.index)
+        self.count("tokens_delivered", new_tokens)
         group.responses[response.index] = response
+        self._count_open(group, 1)
         self.freed += [chunk.record_id for chunk in group.partials.pop(response.index, ())]
         self.count("responses_accepted")
         if response.record_id is not None:
@@ -179,20 +210,25 @@ class Book:
             self.state.window.correct += response.is_correct
 
     def _measure(self, group: Group, outcome: GroupState) -> None:
-        """Keep the acceptance rate: an exponentially weighted share of informative groups."""
+        """Note the outcome for the metrics and for the forecast."""
         if group.kind == "eval":
             return
         is_informative = outcome == "ready"
-        keep = 1 - 1 / RECENT_GROUPS
-        self.state.recent_groups = self.state.recent_groups * keep + 1
-        self.state.recent_informative = self.state.recent_informative * keep + is_informative
-        self.state.window.groups += 1
-        self.state.window.informative += is_informative
+        num_correct = group.num_correct
+        window, size = self.state.window, len(group.indices)
+        if len(window.by_correct) != size + 1:
+            window.by_correct = [0] * (size + 1)
+        window.by_correct[num_correct] += 1
+        window.groups += 1
+        window.informative += is_informative
+        if not is_informative:
+            self.state.unmeasured[group.group_id] = num_correct > 0
         self.count("groups_informative", int(is_informative))
 
     def _on_wasted(self, event: ev.Wasted) -> None:
         self.state.leases[event.lease_id].counted_late += event.indices
         self.count(f"tokens_{event.cause}", event.tokens)
+        self.count("tokens_delivered", event.tokens)
 
     def _on_partials_dropped(self, event: ev.PartialsDropped) -> None:
         group = self.state.groups[event.group_id]
@@ -202,21 +238,25 @@ class Book:
     def _on_group_dropped(self, event: ev.GroupDropped) -> None:
         group = self.state.groups[event.group_id]
         self._settle(group, event.state)
+        if event.state == "parked" and group.kind == "train":
+            self.state.parked_rows.setdefault(group.row, group.group_id)
         if event.is_returned:
-            entry = Returned(group.position, group.row, group.failures)
+            entry = Returned(group.position, group.row, group.failures, group.deaths)
             bisect.insort(self.state.returned, entry)
 
     def _settle(self, group: Group, state: GroupState) -> None:
         """Move a group on; what it no longer needs is freed, what it wasted is counted."""
-        if state not in ("ready", "taken", "evaluated"):
+        if state != "ready":
             self.count(f"tokens_{state}", group.num_tokens())
         if state not in ("ready", "taken"):
             self.freed += [r.record_id for r in group.responses.values() if r.record_id is not None]
             self._free_partials(group)
         self.count(f"{group.kind}_{group.state}", -1)
         self.count(f"{group.kind}_{state}")
+        self._count_open(group, -1)
         group.state = state
-        self.waiting.discard(group.group_id)
+        self._note_certain(group)
+        self._stop_waiting(group)
         if state not in LIVE_STATES:
             self.live.pop(group.group_id, None)
 
@@ -241,11 +281,34 @@ class Book:
             is_short=event.is_short,
             min_step=event.min_step,
             is_filtered=event.is_filtered,
+            digest=self.batch_digest(event.group_ids),
             metrics=dict(event.metrics),
         )
         self.state.current_step = event.step + 1
         self.state.actor_stats = dict(event.actor_stats)
         self.state.window = Window()
+        self._remember(event)
+
+    def _remember(self, event: ev.BatchClosed) -> None:
+        """Take what was measured before the cut into the history."""
+        old = self.state.history
+        if len(old) != len(event.measured):
+            old = [0.0] * len(event.measured)
+        self.state.history = [
+            HISTORY_DECAY * was + new for was, new in zip(old, event.measured, strict=True)
+        ]
+        self.state.unmeasured = {
+            k: v for k, v in self.state.unmeasured.items() if k > event.measured_to
+        }
+
+    def batch_digest(self, group_ids: list[int]) -> bytes:
+        """sha256 of the digests of all responses of these groups, in order."""
+        digest = hashlib.sha256()
+        for group_id in group_ids:
+            responses = self.state.groups[group_id].responses
+            for index in sorted(responses):
+                digest.update(responses[index].sha256)
+        return digest.digest()
 
     def _on_committed(self, event: ev.Committed) -> None:
         """Forget released batches, and groups that ended without being taken."""
@@ -256,7 +319,12 @@ class Book:
                 self._purge(group)
         self.state.batches = {k: v for k, v in self.state.batches.items() if k > event.step}
 
+    def _on_archived(self, event: ev.Archived) -> None:
+        self.state.archive.append(event.record_id)
+        self._record_written(event.record_id)
+
     def _purge(self, group: Group) -> None:
+        self.forgotten.append(GroupRow.of(group, self.state.leases))
         if group.state == "taken":
             self.freed += group.record_ids()
         if group.kind == "train":
@@ -291,6 +359,7 @@ class Book:
         for evaluation in self.state.evaluations:
             if evaluation.version.step == event.version.step:
                 evaluation.version = event.version
+                self.waiting_version += 1
                 for group_id in evaluation.group_ids:
                     self.state.groups[group_id].version = event.version
         if event.evaluation is not None:
@@ -342,8 +411,37 @@ class Book:
     def _index(self, group: Group) -> None:
         if group.kind == "train" and group.state in LIVE_STATES:
             self.live[group.group_id] = group
+            self._count_open(group, 1)
         if group.is_waiting:
-            self.waiting.add(group.group_id)
+            self._start_waiting(group)
+
+    def _start_waiting(self, group: Group) -> None:
+        self.waiting.add(group.group_id)
+        self.waiting_version += 1
+
+    def _stop_waiting(self, group: Group) -> None:
+        self.waiting.discard(group.group_id)
+        self.waiting_version += 1
+
+    def _count_open(self, group: Group, amount: int) -> None:
+        """Count an open training group in or out of the tally, before and after it changes."""
+        if group.kind == "train" and group.state == "open":
+            self.tally.add(len(group.responses), group.num_correct, amount)
+        if amount > 0:
+            self._note_certain(group)
+
+    def _note_certain(self, group: Group) -> None:
+        """Keep the sorted list of the groups that a batch can count on."""
+        if group.kind != "train":
+            return
+        is_mixed = 0 < group.num_correct < len(group.responses)
+        is_certain = group.state == "ready" or (group.state == "open" and is_mixed)
+        place = bisect.bisect_left(self.certain, group.group_id)
+        is_noted = place < len(self.certain) and self.certain[place] == group.group_id
+        if is_certain and not is_noted:
+            self.certain.insert(place, group.group_id)
+        elif is_noted and not is_certain:
+            del self.certain[place]
 
     def _record_written(self, record_id: int) -> None:
         self.state.next_record_id = max(self.state.next_record_id, record_id + 1)

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dapo_hpc.buffer import accounting, batches, grants, intake, selection
+from dapo_hpc.buffer import accounting, batches, grants, intake, suspects
 from dapo_hpc.buffer import events as ev
 from dapo_hpc.buffer.book import Book
 from dapo_hpc.buffer.desk import Desk, LineageFenced, Prompts
 from dapo_hpc.buffer.fleet import ActorView
+from dapo_hpc.buffer.history import encode_block
 from dapo_hpc.buffer.messages import (
     CommitRequest,
     EvaluationsReply,
@@ -69,6 +70,7 @@ class Core:
         book: Book | None = None,
     ) -> None:
         self.book = book or Book()
+        self.book.forgotten.clear()  # by a replay; they are archived
         self.settings = settings
         self.desk = Desk(self.book, settings, prompts, read_record, now)
         self._last_tick = now
@@ -79,6 +81,10 @@ class Core:
     def take_effects(self) -> Effects:
         """Events and payloads since the last call."""
         desk, book = self.desk, self.book
+        if book.forgotten:
+            record_id = desk.write_record(encode_block(book.forgotten))
+            desk.emit(ev.Archived(record_id=record_id))
+            book.forgotten = []
         effects = Effects(desk.events, desk.payloads, book.freed, desk.notices)
         desk.events, desk.payloads, book.freed, desk.notices = [], {}, [], []
         return effects
@@ -88,11 +94,11 @@ class Core:
         gap_s = now - self._last_tick
         self._last_tick = now
         if gap_s > STALL_FRAC * self.settings.lease_s:
-            self.desk.deadlines = {k: v + gap_s for k, v in self.desk.deadlines.items()}
-        due = [lease_id for lease_id, at in self.desk.deadlines.items() if at <= now]
-        for lease_id in due:
-            self.desk.end_lease(self.book.state.leases[lease_id], "expired")
+            self.desk.prolong(gap_s)
+        for lease in self.desk.overdue(now):
+            suspects.lose(self.desk, lease)
         batches.advance(self.desk, now)
+        self.desk.wake_for_need()
 
     # actors
 
@@ -102,11 +108,14 @@ class Core:
         `call_id` is the same each time the actor repeats a call whose answer it did not get.
         """
         self.tick(now)
+        self._check_version(request)
         view = self.desk.fleet.heard(request.actor, request.version, request.stats, now)
+        view.max_responses = max(view.max_responses, request.max_responses)
         leases = []
         if request.version is not None:
             call = grants.Call(request.actor, request.version, call_id, now)
             leases = grants.grant(self.desk, call, request.max_responses)
+            self.desk.wake_for_need()
         newest = grants.newest_for(self.desk, view, now)
         view.is_told_done = self.book.state.is_finished
         return LeaseReply(
@@ -119,7 +128,12 @@ class Core:
         is_newer = reply.newest is not None and reply.newest != request.version
         return bool(reply.leases or reply.abort or reply.is_done or is_newer)
 
+    def _check_version(self, request: LeaseRequest | HeartbeatRequest) -> None:
+        if request.version is not None:
+            intake.check_published(self.desk, f"actor {request.actor}", request.version)
+
     def heartbeat(self, request: HeartbeatRequest, now: float) -> HeartbeatReply:
+        self._check_version(request)
         view = self.desk.fleet.heard(request.actor, request.version, request.stats, now)
         lost, abort = intake.heartbeat(self.desk, request, now)
         newest = grants.newest_for(self.desk, view, now)
@@ -137,6 +151,8 @@ class Core:
         return SubmitReply(verdicts=verdicts)
 
     def release(self, request: ReleaseRequest, now: float) -> None:
+        if request.stats is not None:
+            self.desk.fleet.worked(request.actor, request.stats, now)
         intake.release(self.desk, request)
         self.tick(now)
 
@@ -156,6 +172,7 @@ class Core:
         taken = batches.take(self.desk, request.lineage, request.step)
         if taken is None:
             return TakeReply(groups=None)
+        self.desk.audit.look_at_batch(self.book, request.step)
         return TakeReply(groups=taken[0], metrics=taken[1])
 
     def commit(self, request: CommitRequest, now: float) -> None:
@@ -201,13 +218,14 @@ class Core:
 
     def check(self) -> list[str]:
         """Invariants that do not hold, one sentence each."""
-        return accounting.violations(self.book)
+        return self.desk.audit.look(self.book, self.settings)
 
     def status(self, now: float) -> dict[str, Any]:
         """A snapshot for people, in JSON types."""
         state = self.book.state
-        leases = [state.leases[lease_id] for lease_id in self.desk.deadlines]
-        violations = {"invariant_violations": len(self.check())}
+        self.check()
+        violated = self.desk.audit.counts()
+        generated_tokens = self.desk.fleet.totals().generated_tokens
         return {
             "step": state.current_step,
             "lineage": state.lineage,
@@ -215,7 +233,7 @@ class Core:
             "is_finished": state.is_finished,
             "groups": dict(accounting.group_counts(self.book)),
             "leases": {
-                "live": len(leases),
+                "live": len(self.desk.deadlines),
                 "responses_in_flight": accounting.responses_in_flight(self.book),
                 "waiting_groups": len(self.book.waiting),
                 "wanted_groups": self.desk.num_wanted(),
@@ -224,13 +242,19 @@ class Core:
                 view.name: {
                     "heard_s_ago": round(now - view.last_heard_s, 1),
                     "version": view.version.name if view.version else None,
-                    "leases": sum(lease.actor == view.name for lease in leases),
+                    "leases": self.desk.num_held(view.name),
                     **asdict(view.stats),
                 }
                 for view in self.desk.fleet.views.values()
             },
-            "counters": violations | dict(sorted(state.counters.items())),
-            "acceptance_rate": selection.acceptance_rate(state, self.settings),
+            "invariants_violated": violated,
+            "tokens": accounting.token_counts(self.book),
+            "shares_of_all_tokens": accounting.token_shares(self.book, generated_tokens),
+            "counters": {
+                "invariant_violations": sum(violated.values()),
+                **dict(sorted(state.counters.items())),
+            },
+            "acceptance_rate": self.desk.acceptance_rate(),
             "prompts_used": state.cursor,
             "prompts_returned": len(state.returned),
             "pending_evaluations": [e.version.name for e in state.evaluations],

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dapo_hpc.buffer import events as ev
 from dapo_hpc.buffer import selection
+from dapo_hpc.buffer.accounting import Audit
 from dapo_hpc.buffer.book import Book
 from dapo_hpc.buffer.fleet import Fleet
+from dapo_hpc.buffer.forecast import Outlook
 from dapo_hpc.buffer.group import Group, GroupState, LeaseEnd, LeaseRecord
 from dapo_hpc.buffer.selection import BufferSettings
 from dapo_hpc.prompts.order import PromptOrder
@@ -46,15 +49,35 @@ class Desk:
         self.fleet = Fleet(settings.lease_s, now, book.state.actor_stats)
         self.deadlines: dict[int, float] = {}
         """Monotonic second at which each live lease ends."""
+        self._next_due = now
+        """No live lease ends before."""
         self._held: dict[str, set[int]] = {}
+        self._training: dict[str, set[int]] = {}
+        """Live leases by actor; of training groups only."""
+        self._waiting: dict[tuple[str, PolicyVersion | None], list[Group]] = {}
+        self._waiting_at = -1
+        self._fewest_at: tuple[int, float] = (-1, math.inf)
         self.newest_since = now
+        self._need = 0
+        self._new_at: tuple[int, int] = (-1, 0)
+        """(version of the book, new prompts wanted)."""
+        self._outlook_at: tuple[object, Outlook] | None = None
+        self.predicted_rate = self.acceptance_rate()
+        """Acceptance rate expected when the last batch closed."""
+        self.full_since: float | None = None
+        """When enough groups for the batch were ready, wherever they lie in the order."""
         self.events: list[ev.AnyEvent] = []
         self.payloads: dict[int, bytes] = {}
         """Content of new records, by record id."""
         self.notices: list[str] = []
         """Sentences for the log."""
-        self.said: set[str] = set()
-        """Notices that are not repeated."""
+        self.audit = Audit()
+        self.said: dict[str, tuple[float, int]] = {}
+        """When a lasting state was last in the log, and how often it was left out since."""
+        self.waiting_since: float | None = None
+        """When the prompts ran out, if the run waits for a person."""
+        self.uniform_limit = 0
+        """Uniform groups of one step from which the log says so."""
         self.next_record_id = book.state.next_record_id
 
     def emit(self, event: ev.AnyEvent) -> None:
@@ -73,16 +96,41 @@ class Desk:
         """Give a live lease its full time."""
         self.deadlines[lease.lease_id] = now + self.settings.lease_s
         self._held.setdefault(lease.actor, set()).add(lease.lease_id)
+        if self.book.state.groups[lease.group_id].kind == "train":
+            self._training.setdefault(lease.actor, set()).add(lease.lease_id)
 
     def forget_deadline(self, lease: LeaseRecord) -> None:
         """A lease is not live any more."""
         self.deadlines.pop(lease.lease_id, None)
         self._held.get(lease.actor, set()).discard(lease.lease_id)
+        self._training.get(lease.actor, set()).discard(lease.lease_id)
 
     def live_leases(self, actor: str) -> list[LeaseRecord]:
         """What an actor holds, oldest first."""
         leases = self.book.state.leases
         return [leases[lease_id] for lease_id in sorted(self._held.get(actor, ()))]
+
+    def overdue(self, now: float) -> list[LeaseRecord]:
+        """Live leases whose time is over."""
+        if now < self._next_due:
+            return []
+        leases = self.book.state.leases
+        due = [leases[lease_id] for lease_id, at in self.deadlines.items() if at <= now]
+        later = (at for at in self.deadlines.values() if at > now)
+        self._next_due = min(later, default=now + self.settings.lease_s)
+        return due
+
+    def prolong(self, seconds: float) -> None:
+        """Give every live lease more time."""
+        self.deadlines = {k: v + seconds for k, v in self.deadlines.items()}
+
+    def num_held(self, actor: str) -> int:
+        """Live leases of an actor."""
+        return len(self._held.get(actor, ()))
+
+    def num_training(self, actor: str) -> int:
+        """Training groups under a live lease of an actor."""
+        return len(self._training.get(actor, ()))
 
     def held_groups(self, actor: str, kind: str) -> list[Group]:
         """Groups of a kind under a live lease of an actor."""
@@ -117,16 +165,71 @@ class Desk:
         return selection.oldest_step(self.settings, self.book.state.current_step)
 
     def waiting(self, kind: str, version: PolicyVersion | None = None) -> list[Group]:
-        """Groups that nobody holds, in dispatch order."""
-        groups = (self.book.state.groups[group_id] for group_id in sorted(self.book.waiting))
-        return [g for g in groups if g.kind == kind and (version is None or g.version == version)]
+        """Groups that nobody holds, in dispatch order; not to be changed by the caller.
+
+        Thousands of evaluation units may wait while hundreds of actors ask twice a second, so the
+        answer is kept until something about a waiting group changes.
+        """
+        if self._waiting_at != self.book.waiting_version:
+            self._waiting_at, self._waiting = self.book.waiting_version, {}
+        key = (kind, version)
+        if key not in self._waiting:
+            groups = (self.book.state.groups[group_id] for group_id in sorted(self.book.waiting))
+            self._waiting[key] = [
+                g for g in groups if g.kind == kind and (version is None or g.version == version)
+            ]
+        return self._waiting[key]
+
+    def fewest_missing(self) -> float:
+        """Places that the smallest of the waiting groups takes; infinite when there is none."""
+        if self._fewest_at[0] != self.book.waiting_version:
+            groups = (self.book.state.groups[group_id] for group_id in self.book.waiting)
+            fewest = min((group.num_missing for group in groups), default=math.inf)
+            self._fewest_at = (self.book.waiting_version, fewest)
+        return self._fewest_at[1]
 
     def num_ready(self) -> int:
         return self.book.state.counters.get("train_ready", 0)
 
+    def num_room(self) -> int:
+        """Ready groups that may still come."""
+        return selection.ready_capacity(self.book.state, self.settings) - self.num_ready()
+
+    def outlook(self) -> Outlook:
+        """What to expect of coming groups; computed when a group finished or a batch closed."""
+        state = self.book.state
+        key = (state.current_step, state.window.groups)
+        if self._outlook_at is None or self._outlook_at[0] != key:
+            self._outlook_at = (key, selection.outlook(state, self.settings))
+        return self._outlook_at[1]
+
+    def acceptance_rate(self) -> float:
+        """Expected share of informative groups among those that finish."""
+        return self.outlook().rate if self.settings.dynamic_sampling else 1.0
+
+    def num_new(self) -> int:
+        """Prompts to begin now, beside the open groups."""
+        if self._new_at[0] != self.book.version:
+            num_new = selection.num_new_prompts(
+                self.settings,
+                self.book.tally,
+                self.outlook(),
+                num_missing=self.settings.prompts_per_step - self.num_ready(),
+                num_room=self.num_room(),
+            )
+            self._new_at = (self.book.version, num_new)
+        return self._new_at[1]
+
     def num_wanted(self) -> int:
-        """Groups that should be open now."""
-        return selection.prompts_in_flight(self.book.state, self.settings, self.num_ready())
+        """Groups that should be open now; 0 when nothing is needed."""
+        return self.book.tally.num_groups + self.num_new() if self.num_room() > 0 else 0
+
+    def wake_for_need(self) -> None:
+        """Wake the requests that wait when more prompts are to begin than a moment ago."""
+        need = self.num_new()
+        if need > self._need:
+            self.book.wakeups += 1
+        self._need = need
 
     def check_lineage(self, lineage: int) -> None:
         """Raises LineageFenced for a learner that is not the last to have registered."""

@@ -25,6 +25,7 @@ class Dispatched(Event, frozen=True, kw_only=True, tag=True):
     row: int
     is_returned: bool
     failures: int
+    deaths: int
     group_size: int
 
 
@@ -85,6 +86,10 @@ class BatchClosed(Event, frozen=True, kw_only=True, tag=True):
     """The staleness bound it was formed under."""
     is_filtered: bool
     """Dynamic sampling: no group in it is uniform."""
+    measured: list[int]
+    """Groups that finished before the cut, by number of correct responses."""
+    measured_to: int
+    """Groups up to this id are measured, or never will be."""
     metrics: dict[str, float]
     actor_stats: dict[str, ActorStats]
 
@@ -121,6 +126,12 @@ class Wasted(Event, frozen=True, kw_only=True, tag=True):
     tokens: int
 
 
+class Archived(Event, frozen=True, kw_only=True, tag=True):
+    """What the groups forgotten since the last one became is in a record; see history.py."""
+
+    record_id: int
+
+
 class Committed(Event, frozen=True, kw_only=True, tag=True):
     step: int
 
@@ -143,6 +154,7 @@ AnyEvent = (
     | Published
     | Evaluated
     | Wasted
+    | Archived
     | Committed
     | Finished
 )

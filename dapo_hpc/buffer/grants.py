@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dapo_hpc.buffer import events as ev
-from dapo_hpc.buffer import selection
+from dapo_hpc.buffer import exhaustion, selection, suspects
 from dapo_hpc.buffer.desk import Desk
 from dapo_hpc.buffer.fleet import ActorView
 from dapo_hpc.buffer.group import Chunk, Group, LeaseRecord
@@ -20,13 +20,15 @@ def newest_for(desk: Desk, view: ActorView, now: float) -> PolicyVersion | None:
 
     The newest published ones, except that (1) an actor that holds a version with evaluation work
     left keeps it for up to lease_s after a newer one appeared, and (2) while there is nothing to
-    train, actors go (back) to the oldest version with evaluation work left. So an evaluation
-    finishes even if every actor that held its version is gone.
+    train, actors go (back) to the oldest version with evaluation work left, those that sample
+    training responses excepted: their tokens would be too old. So an evaluation finishes even if
+    every actor that held its version is gone.
     """
     newest = desk.book.state.newest
     if newest is None:
         return None
-    is_idle = desk.num_wanted() == 0 and not desk.waiting("train")
+    is_training = bool(desk.waiting("train") or desk.held_groups(view.name, "train"))
+    is_idle = desk.num_wanted() == 0 and not is_training
     is_held_back = is_idle or now < desk.newest_since + desk.settings.lease_s
     if view.version is not None and is_held_back and _has_eval_work(desk, view):
         return view.version
@@ -61,6 +63,9 @@ def grant(desk: Desk, call: Call, max_responses: int) -> list[Lease]:
     granted = [x for x in desk.live_leases(call.actor) if x.call_id == call.call_id]
     if granted:
         return [_lease_message(desk, lease) for lease in granted]
+    suspect = suspects.on_trial(desk, call.actor, call.version, call.now)
+    if suspect is not None:
+        return _grant_fitting(desk, call, suspect, max_responses)
     leases: list[Lease] = []
     is_first_or_last = call.version.step in (0, desk.settings.total_steps)
     if is_first_or_last:
@@ -76,20 +81,22 @@ def _places(leases: list[Lease]) -> int:
 
 
 def _grant_eval(desk: Desk, call: Call, free: int) -> list[Lease]:
-    return _grant_fitting(desk, call, desk.waiting("eval", call.version), free)
+    if free < desk.fewest_missing():
+        return []
+    return _grant_fitting(desk, call, suspects.cleared(desk.waiting("eval", call.version)), free)
 
 
 def _grant_train(desk: Desk, call: Call, free: int) -> list[Lease]:
     """Groups that lost their lease first, then new prompts up to the number wanted."""
     if call.version != desk.book.state.newest or call.version.step < desk.oldest_step():
         return []
-    waiting = desk.waiting("train")
+    waiting = suspects.cleared(desk.waiting("train"))
     leases = _grant_fitting(desk, call, waiting, free)
     if len(leases) < len(waiting):
         return leases
     free -= _places(leases)
     for _ in range(_num_new(desk, call)):
-        group = _dispatch(desk) if desk.settings.group_size <= free else None
+        group = _dispatch(desk, call.now) if desk.settings.group_size <= free else None
         if group is None:
             break
         leases.append(_lease(desk, group, call))
@@ -99,44 +106,61 @@ def _grant_train(desk: Desk, call: Call, free: int) -> list[Lease]:
 
 def _grant_fitting(desk: Desk, call: Call, groups: list[Group], free: int) -> list[Lease]:
     """Whole groups only, in order; one that does not fit leaves room for a smaller one."""
-    leases = []
+    leases: list[Lease] = []
+    if free < desk.fewest_missing():
+        return leases
     for group in groups:
-        if len(group.missing()) <= free:
+        if group.num_missing <= free:
             leases.append(_lease(desk, group, call))
             free -= len(leases[-1].missing)
     return leases
 
 
 def _num_new(desk: Desk, call: Call) -> int:
-    """Prompts an actor may begin: what is wanted, within its share of it."""
-    wanted = desk.num_wanted()
-    num_open = len(desk.book.live) - desk.num_ready()
-    held = len(desk.held_groups(call.actor, "train"))
-    share = selection.fair_share(wanted, len(desk.fleet.alive(call.now)))
-    return max(0, min(wanted - num_open, share - held))
+    """Prompts an actor may begin: what is wanted, within its share of all that is under way."""
+    num_new = desk.num_new()
+    if num_new == 0:
+        return 0
+    size = desk.settings.group_size
+    present = desk.fleet.present(call.now)
+    share = selection.fair_share(desk.num_wanted(), [v.max_responses // size for v in present])
+    num_above = sum(desk.num_training(view.name) > share.level for view in present)
+    level = share.level + (num_above < share.num_extra)
+    return int(max(0, min(num_new, level - desk.num_training(call.actor))))
 
 
-def _dispatch(desk: Desk) -> Group | None:
-    """The next prompt of the order as a new group; None when the order has ended for now."""
+def _dispatch(desk: Desk, now: float) -> Group | None:
+    """The next prompt of the order as a new group; None when the order has ended for now.
+
+    A parked prompt that comes again, in a later pass, is passed over and counted.
+    """
     state = desk.book.state
-    if state.returned:
-        head = state.returned[0]
-        position, row, failures = head.position, head.row, head.failures
-    else:
-        if not _may_advance(desk):
+    while True:
+        if len(state.parked_rows) == desk.prompts.order.num_rows:
+            exhaustion.say_all_parked(desk, now)
             return None
-        position, failures = state.cursor, 0
-        row = desk.prompts.order.at(position)[1]
-    event = ev.Dispatched(
-        group_id=state.next_group_id,
-        position=position,
-        row=row,
-        is_returned=bool(state.returned),
-        failures=failures,
-        group_size=desk.settings.group_size,
-    )
-    desk.emit(event)
-    return state.groups[event.group_id]
+        if state.returned:
+            head = state.returned[0]
+            position, row, failures, deaths = head.position, head.row, head.failures, head.deaths
+        else:
+            if not _may_advance(desk, now):
+                return None
+            position, failures, deaths = state.cursor, 0, 0
+            row = desk.prompts.order.at(position)[1]
+        event = ev.Dispatched(
+            group_id=state.next_group_id,
+            position=position,
+            row=row,
+            is_returned=bool(state.returned),
+            failures=failures,
+            deaths=deaths,
+            group_size=desk.settings.group_size,
+        )
+        is_parked = row in state.parked_rows
+        desk.emit(event)
+        if not is_parked:
+            return state.groups[event.group_id]
+        desk.emit(ev.GroupDropped(group_id=event.group_id, state="parked", is_returned=False))
 
 
 def is_pass_used_up(desk: Desk) -> bool:
@@ -145,26 +169,14 @@ def is_pass_used_up(desk: Desk) -> bool:
     return not state.returned and state.cursor >= state.passes * desk.prompts.order.num_rows
 
 
-def _may_advance(desk: Desk) -> bool:
+def _may_advance(desk: Desk, now: float) -> bool:
     if not is_pass_used_up(desk):
         return True
     if desk.settings.on_exhausted == "next_pass":
-        open_pass(desk)
+        exhaustion.say_next_pass(desk, now)
+        desk.emit(ev.PassOpened())
         return True
     return False
-
-
-def open_pass(desk: Desk) -> None:
-    """Go on with another pass, and say how the last one went."""
-    state = desk.book.state
-    desk.notices.append(
-        f"pass {state.passes} over the {desk.prompts.order.num_rows} prompts is used up: since the "
-        f"start {state.counters.get('groups_informative', 0)} groups were informative, "
-        f"{state.counters.get('train_all_correct', 0)} all correct, "
-        f"{state.counters.get('train_all_wrong', 0)} all wrong; of the last "
-        f"{state.recent_groups:.0f} finished, {state.recent_informative:.0f} were informative."
-    )
-    desk.emit(ev.PassOpened())
 
 
 def _lease(desk: Desk, group: Group, call: Call) -> Lease:

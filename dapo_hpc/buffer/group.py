@@ -7,7 +7,7 @@
       +--> surplus      past the end of a batch, max_staleness = 0; ready groups too
       +--> stale        a token is older than the bound; ready groups too
       +--> quarantined  sampled by weights of an abandoned lineage; ready groups too
-      +--> parked       failed max_attempts times
+      +--> parked       failed max_attempts times, or killed its actors
 
 A group is leased to one actor at a time. Whoever ends a lease makes the group wait for its next.
 """
@@ -33,8 +33,9 @@ GroupState = Literal[
     "parked",
     "evaluated",
 ]
-LeaseEnd = Literal["expired", "released", "failed", "aborted"]
-LeaseState = Literal["live", "complete", "expired", "released", "failed", "aborted"]
+LeaseEnd = Literal["expired", "released", "failed", "crashed", "aborted"]
+"""'failed': the actor says that this prompt failed. 'crashed': its engine did, with several."""
+LeaseState = Literal["live", "complete", "expired", "released", "failed", "crashed", "aborted"]
 WasteCause = Literal[
     "all_correct",
     "all_wrong",
@@ -88,6 +89,8 @@ class LeaseRecord(msgspec.Struct, kw_only=True):
     call_id: str
     """Of the call that it answered."""
     state: LeaseState = "live"
+    is_proven: bool = False
+    """It brought a token or a response."""
     counted_late: list[int] = []
     """Indices whose tokens, sent too late, are already counted as wasted."""
 
@@ -105,6 +108,8 @@ class Group(msgspec.Struct, kw_only=True):
     indices: list[int]
     failures: int = 0
     """Failed attempts of the prompt, those of earlier dispatches included."""
+    deaths: int = 0
+    """Actors lost in a row before they sampled a token of it; see suspects.py."""
     state: GroupState = "open"
     lease_id: int | None = None
     """The live lease."""
@@ -120,6 +125,10 @@ class Group(msgspec.Struct, kw_only=True):
         return len(self.responses) == len(self.indices)
 
     @property
+    def num_correct(self) -> int:
+        return sum(response.is_correct for response in self.responses.values())
+
+    @property
     def last_lease_id(self) -> int | None:
         """The newest lease, live or not: the only one that may fill an index."""
         return self.lease_ids[-1] if self.lease_ids else None
@@ -131,6 +140,10 @@ class Group(msgspec.Struct, kw_only=True):
 
     def missing(self) -> list[int]:
         return [index for index in self.indices if index not in self.responses]
+
+    @property
+    def num_missing(self) -> int:
+        return len(self.indices) - len(self.responses)
 
     def known_tokens(self, index: int) -> int:
         """Tokens of an unfinished response that are stored."""

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from dapo_hpc.buffer import events as ev
+from dapo_hpc.buffer import suspects
 from dapo_hpc.buffer.desk import Desk
 from dapo_hpc.buffer.group import (
     Chunk,
     Group,
     GroupState,
+    LeaseEnd,
     LeaseRecord,
     StoredResponse,
     WasteCause,
@@ -50,7 +52,13 @@ def heartbeat(desk: Desk, request: HeartbeatRequest, now: float) -> tuple[list[i
 
 
 def release(desk: Desk, request: ReleaseRequest) -> None:
-    """End leases before their time; a prompt that failed max_attempts times is parked."""
+    """End leases before their time; a prompt that failed max_attempts times is parked.
+
+    A failure with several leases is the engine's: any of their prompts may have caused it.
+    """
+    cause: LeaseEnd = "released"
+    if request.is_failure:
+        cause = "failed" if len(request.leases) == 1 else "crashed"
     for progress in request.leases:
         lease = desk.book.state.leases.get(progress.lease_id)
         if lease is None or lease.actor != request.actor:
@@ -58,15 +66,8 @@ def release(desk: Desk, request: ReleaseRequest) -> None:
         _progress(desk, lease, progress)
         if lease.state != "live":
             continue
-        desk.end_lease(lease, "failed" if request.is_failure else "released")
-        group = desk.book.state.groups[lease.group_id]
-        if group.failures >= desk.settings.max_attempts:
-            desk.drop_group(group, "parked")
-            desk.notices.append(
-                f"prompt of row {group.row} ({group.kind}) failed {group.failures} times "
-                f"(buffer.max_attempts = {desk.settings.max_attempts}); it is parked: no actor "
-                "gets it again."
-            )
+        desk.end_lease(lease, cause)
+        suspects.park_if_due(desk, desk.book.state.groups[lease.group_id])
 
 
 def submit(desk: Desk, actor: str, finished: LeaseResponses, now: float) -> list[Verdict]:
@@ -144,10 +145,16 @@ def _check_tokens(desk: Desk, where: str, sampled: Response | PartialResponse, f
             f"{where}: spans start at {starts}; expected increasing starts from {first}, below "
             f"{first + len(tokens)}."
         )
-    state = desk.book.state
     for span in sampled.spans:
-        if span.version.lineage > state.lineage or span.version.step >= state.current_step:
-            raise ValueError(f"{where}: version {span.version.name} was never published.")
+        check_published(desk, where, span.version)
+
+
+def check_published(desk: Desk, where: str, version: PolicyVersion) -> None:
+    """Raises ValueError for a version that no learner of this run can have published."""
+    state = desk.book.state
+    is_known = 0 <= version.step < state.current_step and 0 <= version.lineage <= state.lineage
+    if not is_known:
+        raise ValueError(f"{where}: version {version.name} was never published.")
 
 
 def _verdict(
@@ -267,14 +274,17 @@ def _progress(desk: Desk, lease: LeaseRecord, progress: LeaseProgress) -> None:
             f"lease {lease.lease_id}: {len(progress.new_tokens)} pieces with "
             f"{len(progress.offsets)} offsets."
         )
+    if len({part.index for part in progress.new_tokens}) != len(progress.new_tokens):
+        raise ValueError(f"lease {lease.lease_id}: a message names a response index twice.")
+    may_fill = desk.may_fill(lease, group) and not _has_gap(lease, group, progress)
     fresh = [
-        _fresh_tokens(desk, lease, group, part, offset)
+        _fresh_tokens(desk, lease, group, part, offset, may_fill=may_fill)
         for part, offset in zip(progress.new_tokens, progress.offsets, strict=True)
         if part.index not in group.responses
     ]
     fresh = [part for part in fresh if len(part.token_ids)]
     is_usable = all(_is_usable(desk, group, s.version) for part in fresh for s in part.spans)
-    if fresh and desk.may_fill(lease, group) and is_usable:
+    if fresh and may_fill and is_usable:
         desk.emit(
             ev.Progressed(lease_id=lease.lease_id, chunks=[_chunk(desk, part) for part in fresh])
         )
@@ -285,16 +295,31 @@ def _progress(desk: Desk, lease: LeaseRecord, progress: LeaseProgress) -> None:
         desk.end_lease(lease, "aborted")
 
 
+def _has_gap(lease: LeaseRecord, group: Group, progress: LeaseProgress) -> bool:
+    """The actor does not know yet that its lease ended and its tokens were dropped as too old."""
+    parts = zip(progress.new_tokens, progress.offsets, strict=True)
+    is_gap = any(offset > group.known_tokens(part.index) for part, offset in parts)
+    return is_gap and lease.state != "live"
+
+
 def _fresh_tokens(
-    desk: Desk, lease: LeaseRecord, group: Group, part: PartialResponse, offset: int
+    desk: Desk,
+    lease: LeaseRecord,
+    group: Group,
+    part: PartialResponse,
+    offset: int,
+    *,
+    may_fill: bool,
 ) -> PartialResponse:
     """The part of a piece behind the tokens already stored."""
     where = f"lease {lease.lease_id}, response {part.index}"
     if part.index not in lease.indices:
         raise ValueError(f"{where}: the lease is for responses {lease.indices}.")
+    if offset < 0:
+        raise ValueError(f"{where}: the piece starts at token {offset}; tokens count from 0.")
     _check_tokens(desk, where, part, offset)
     known = group.known_tokens(part.index)
-    if not desk.may_fill(lease, group):
+    if not may_fill:
         return part
     if offset > known:
         raise ValueError(

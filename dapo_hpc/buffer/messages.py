@@ -8,7 +8,7 @@ can execute code on arrival, unlike pickle.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -27,34 +27,43 @@ ARRAY_EXTENSION = 1
 ARRAY_TYPES = {b"i": np.dtype("<i4"), b"f": np.dtype("<f4")}
 _CODES = {dtype: code for code, dtype in ARRAY_TYPES.items()}
 
+MAX_FETCH_GROUPS = 64
+"""Groups in one reply, which bounds its size."""
+
+# What a peer claims is bounded where it is decoded: not a number, and no number without an end.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Amount = Annotated[float, msgspec.Meta(ge=0.0, le=1e15)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
+ActorName = Annotated[str, msgspec.Meta(max_length=256, pattern=r"^[!-~]+\Z")]
+"""Unique for one life of one actor process; visible ASCII, because it goes into logs."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorStats:
     """What an actor has done since it started; cumulative."""
 
-    generated_tokens: int = 0
-    finished_responses: int = 0
-    busy_s: float = 0.0
+    generated_tokens: Count = 0
+    finished_responses: Count = 0
+    busy_s: Amount = 0.0
     """Seconds in which the engine had work."""
-    idle_s: float = 0.0
-    cpu_s: float = 0.0
+    idle_s: Amount = 0.0
+    cpu_s: Amount = 0.0
     """Of the process and its scoring workers."""
-    peak_memory_mib: float = 0.0
-    verifier_timeouts: int = 0
-    engine_restarts: int = 0
-    probe_mean_diff: float = 0.0
+    peak_memory_mib: Amount = 0.0
+    verifier_timeouts: Count = 0
+    engine_restarts: Count = 0
+    probe_mean_diff: Amount = 0.0
     """Mean |learner - engine| log-prob (nats) on the probes of the version now loaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseRequest:
-    actor: str
-    """Unique for one life of one actor process."""
+    actor: ActorName
     version: PolicyVersion | None
     """The weights the actor holds; None before its first load."""
-    max_responses: int
+    max_responses: Count
     """Free places in the engine; the buffer grants whole prompts, at least one if it fits."""
-    wait_s: float
+    wait_s: Seconds
     """How long the buffer may hold the request when there is nothing to hand out."""
     stats: ActorStats
 
@@ -84,7 +93,7 @@ class LeaseProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeartbeatRequest:
-    actor: str
+    actor: ActorName
     version: PolicyVersion | None
     leases: list[LeaseProgress]
     stats: ActorStats
@@ -109,7 +118,7 @@ class LeaseResponses:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubmitRequest:
-    actor: str
+    actor: ActorName
     leases: list[LeaseResponses]
     stats: ActorStats
 
@@ -128,10 +137,13 @@ class SubmitReply:
 class ReleaseRequest:
     """Hand leases back before they expire: drain, or a failure of the engine."""
 
-    actor: str
+    actor: ActorName
     leases: list[LeaseProgress]
     is_failure: bool
-    """True counts as a failed attempt of the prompt; a drain does not."""
+    """True counts as a failed attempt of the prompt; a drain does not. With several leases it is
+    the engine that failed, and any of their prompts may be the cause."""
+    stats: ActorStats | None = None
+    """The actor's last words, so that what it sampled is known; None: unchanged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +163,7 @@ class TakeRequest:
     lineage: int
     step: int
     """The step to train next, from 1."""
-    wait_s: float
+    wait_s: Seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +176,7 @@ class TakeReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchRequest:
-    group_ids: list[int]
+    group_ids: Annotated[list[int], msgspec.Meta(max_length=MAX_FETCH_GROUPS)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ commit, and never acknowledges once there is one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dapo_hpc.buffer.ledger import FILE as LEDGER_FILE
 from dapo_hpc.run_dir import fsync_directory
 
 log = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ class Ownership:
 
     @property
     def ledger(self) -> Path:
-        """The ledger's directory of this incarnation."""
+        """Ledger and segments of this incarnation."""
         return _ledger_path(self.directory, self.incarnation)
 
 
@@ -118,8 +120,8 @@ def take_ownership(directory: Path) -> Ownership:
 def inherit_ledger(
     owner: Ownership, request_timeout_s: float, sleep: Callable[[float], None] = time.sleep
 ) -> None:
-    """Copy the newest ledger, once no predecessor can still acknowledge anything."""
-    source = max(_numbers(owner.directory, "ledger"), default=0)
+    """Copy the newest ledger and link its segments, once nobody listens to a predecessor."""
+    source = _newest_ledger(owner)
     rivals = [n for n in _numbers(owner.directory, "owner") if source <= n < owner.incarnation]
     alive = [n for n in rivals if not _identity(owner.directory, n).is_provably_dead()]
     if alive:
@@ -130,27 +132,57 @@ def inherit_ledger(
         )  # fmt: skip
         sleep(wait_s)
         owner.check()
-    _copy_ledger(owner, source)
-
-
-def _copy_ledger(owner: Ownership, source: int) -> None:
-    temporary = owner.directory / f".ledger.{owner.incarnation}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(mode=0o700)
-    files = sorted(_ledger_path(owner.directory, source).glob("*")) if source else []
-    for file in files:
-        shutil.copyfile(file, temporary / file.name)
-        with open(temporary / file.name, "rb") as copied:
-            os.fsync(copied.fileno())
-    fsync_directory(temporary)
+    while True:
+        source = _newest_ledger(owner)
+        temporary = _copy_ledger(owner, source)
+        if _newest_ledger(owner) == source:  # else a rival may have removed what was just copied
+            break
     os.rename(temporary, owner.ledger)
     fsync_directory(owner.directory)
 
 
+def _newest_ledger(owner: Ownership) -> int:
+    """Of a predecessor; 0: there is none."""
+    numbers = _numbers(owner.directory, "ledger")
+    return max((n for n in numbers if n < owner.incarnation), default=0)
+
+
+def _copy_ledger(owner: Ownership, source: int) -> Path:
+    temporary = owner.directory / f".ledger.{owner.incarnation}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(mode=0o700)
+    if source:
+        _link_segments(_ledger_path(owner.directory, source), temporary)
+        for file in sorted(_ledger_path(owner.directory, source).glob(f"{LEDGER_FILE}*")):
+            shutil.copyfile(file, temporary / file.name)
+            with open(temporary / file.name, "rb") as copied:
+                os.fsync(copied.fileno())
+        _link_segments(_ledger_path(owner.directory, source), temporary)
+    fsync_directory(temporary)
+    return temporary
+
+
+def _link_segments(source: Path, target: Path) -> None:
+    """Names of our own for the same files: what a predecessor deletes is still there.
+
+    Before the ledger is copied, because a predecessor that is cut off but not dead may end one
+    group commit and delete what the copy still needs; and after it, because that commit may have
+    begun a file.
+    """
+    for file in source.glob("*.seg"):
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            os.link(file, target / file.name)
+
+
 def remove_old_ledgers(owner: Ownership) -> None:
-    """Keep this incarnation's ledger and the one it was copied from."""
-    for number in sorted(_numbers(owner.directory, "ledger"))[:-2]:
+    """Keep this incarnation's ledger, and of the one before it all but the segments."""
+    for number in [n for n in _numbers(owner.directory, ".ledger") if n < owner.incarnation]:
+        shutil.rmtree(owner.directory / f".ledger.{number}", ignore_errors=True)
+    older = [n for n in sorted(_numbers(owner.directory, "ledger")) if n < owner.incarnation]
+    for number in older[:-1]:
         shutil.rmtree(_ledger_path(owner.directory, number), ignore_errors=True)
+    for file in _ledger_path(owner.directory, older[-1]).glob("*.seg") if older else ():
+        file.unlink(missing_ok=True)
 
 
 def _identity(directory: Path, incarnation: int) -> ProcessIdentity:

@@ -1,15 +1,18 @@
 """Payload records in append-only files: few large files, because parallel file systems dislike many
 small ones.
 
-A record is a header (magic, length, sha256) and its bytes. Only the process that owns the buffer
-appends, always to segments that carry its incarnation in their name.
+A record is a header (magic, length, sha256) and its bytes. Segments lie beside the ledger of their
+incarnation, which appends only to segments that carry its number in their name. Those of its
+predecessors it holds by hard links of its own, so that no predecessor can take them away.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import struct
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +22,9 @@ MAGIC = b"DPR1"
 HEADER = struct.Struct("<4sQ32s")
 SEGMENT_BYTES = 256 * 2**20
 """A new file is begun above this size."""
+
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class PayloadCorrupt(Exception):
@@ -35,7 +41,10 @@ class Location:
 
 
 class Segments:
-    """The segment files of a buffer; appends go to files of this incarnation."""
+    """The segment files of a buffer; appends go to files of this incarnation.
+
+    One thread writes; any thread reads.
+    """
 
     def __init__(
         self, directory: Path, incarnation: int, *, segment_bytes: int = SEGMENT_BYTES
@@ -48,12 +57,16 @@ class Segments:
         self._size = 0
         self._good_size = 0
         self._descriptors: dict[str, int] = {}
+        self._reading = threading.Lock()
         self.current = ""
-        self._begin_segment()
+        """The file that is appended to; none before the first record."""
 
     def begin_group(self) -> None:
-        """Records appended from here on can be taken back together by `take_back`."""
-        if self._size >= self._segment_bytes:
+        """Records appended from here on lie in one file, and `take_back` removes them together.
+
+        Raises OSError, ENOSPC included: nothing has changed.
+        """
+        if not self.current or self._size >= self._segment_bytes:
             self._begin_segment()
         self._good_size = self._size
 
@@ -76,7 +89,9 @@ class Segments:
 
     def read(self, location: Location) -> bytes:
         """The content of a record. Raises PayloadCorrupt when its hash differs."""
-        content = os.pread(self._descriptor(location.segment), location.length, location.offset)
+        with self._reading:
+            descriptor = self._descriptor(location.segment)
+            content = os.pread(descriptor, location.length, location.offset)
         if hashlib.sha256(content).digest() != location.sha256:
             raise PayloadCorrupt(
                 f"record at {location.segment}:{location.offset} ({location.length} bytes, "
@@ -89,15 +104,23 @@ class Segments:
         path = self._directory / segment
         return path.stat().st_size if path.exists() else 0
 
+    def cut(self, segment: str, size: int) -> int:
+        """Remove what lies behind `size`. Returns the bytes removed; 0 for a missing file."""
+        extra = self.size(segment) - size
+        if extra > 0:
+            os.truncate(self._directory / segment, size)
+        return max(0, extra)
+
     def names(self) -> list[str]:
         """All segment files, oldest first."""
         return sorted(path.name for path in self._directory.glob("*.seg"))
 
     def delete(self, segment: str) -> None:
         """Remove a file none of whose records is needed."""
-        descriptor = self._descriptors.pop(segment, None)
-        if descriptor is not None:
-            os.close(descriptor)
+        with self._reading:
+            descriptor = self._descriptors.pop(segment, None)
+            if descriptor is not None:
+                os.close(descriptor)
         (self._directory / segment).unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -114,39 +137,19 @@ class Segments:
 
     def _begin_segment(self) -> None:
         self._number += 1
-        self.current = f"{self._incarnation:06d}-{self._number:06d}.seg"
-        path = self._directory / self.current
+        name = f"{self._incarnation:06d}-{self._number:06d}.seg"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self._descriptors[self.current] = os.open(path, flags, 0o600)
+        descriptor = os.open(self._directory / name, flags, 0o600)
+        try:
+            fsync_directory(self._directory)
+        except OSError:
+            os.close(descriptor)
+            raise
+        self._descriptors[name] = descriptor
+        self.current = name
         self._size = self._good_size = 0
-        fsync_directory(self._directory)
 
     def _descriptor(self, segment: str) -> int:
         if segment not in self._descriptors:
             self._descriptors[segment] = os.open(self._directory / segment, os.O_RDONLY)
         return self._descriptors[segment]
-
-
-def cut_torn_tail(path: Path) -> int:
-    """Truncate a segment behind its last whole record. Returns the bytes removed."""
-    good, size = 0, path.stat().st_size
-    with open(path, "r+b") as file:
-        while (end := _record_end(file.read(HEADER.size), good, size)) is not None:
-            content = file.read(end - good - HEADER.size)
-            file.seek(good)
-            if hashlib.sha256(content).digest() != HEADER.unpack(file.read(HEADER.size))[2]:
-                break
-            file.seek(end)
-            good = end
-        file.truncate(good)
-        os.fsync(file.fileno())
-    return size - good
-
-
-def _record_end(header: bytes, start: int, size: int) -> int | None:
-    """Where the record ends that begins at `start`; None when it cannot be whole."""
-    if len(header) < HEADER.size:
-        return None
-    magic, length, _ = HEADER.unpack(header)
-    end: int = start + HEADER.size + length
-    return end if magic == MAGIC and end <= size else None

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dapo_hpc.buffer.forecast import Expected, Outlook, Tally, new_prompts
 from dapo_hpc.buffer.group import Group
 from dapo_hpc.buffer.state import State
 from dapo_hpc.config import RunConfig
 
-PRIOR_RATE = 0.5
-"""Acceptance rate assumed before anything is measured."""
-PRIOR_GROUPS = 4
-"""Weight of that assumption, in groups."""
-DISPATCH_MARGIN = 1.1
-"""Prompts in flight above the expected need. Too few cost another round of sampling while the
-engines idle; too many cost surplus tokens."""
+Closing = Literal["dispatch_order", "first_finished"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +29,7 @@ class BufferSettings:
     max_attempts: int
     on_exhausted: Literal["next_pass", "smaller_batch", "wait"]
     eval_samples: int
+    closing: Closing = "dispatch_order"
 
     @classmethod
     def from_config(cls, config: RunConfig) -> BufferSettings:
@@ -47,6 +43,7 @@ class BufferSettings:
             max_attempts=config.buffer.max_attempts,
             on_exhausted=config.prompts.on_exhausted,
             eval_samples=config.eval.samples,
+            closing=config.buffer.closing,
         )
 
 
@@ -55,12 +52,9 @@ def oldest_step(settings: BufferSettings, step: int) -> int:
     return step - 1 - settings.max_staleness
 
 
-def acceptance_rate(state: State, settings: BufferSettings) -> float:
-    """Expected share of informative groups among those that finish, in (0, 1]."""
-    if not settings.dynamic_sampling:
-        return 1.0
-    known = state.recent_informative + PRIOR_RATE * PRIOR_GROUPS
-    return known / (state.recent_groups + PRIOR_GROUPS)
+def outlook(state: State, settings: BufferSettings) -> Outlook:
+    """What the groups up to the last cut, and those finished since, say about coming ones."""
+    return Outlook.of(settings.group_size, state.history, state.window.by_correct)
 
 
 def ready_capacity(state: State, settings: BufferSettings) -> int:
@@ -75,27 +69,64 @@ def ready_capacity(state: State, settings: BufferSettings) -> int:
     return (last_step - state.current_step + 1) * settings.prompts_per_step
 
 
-def prompts_in_flight(state: State, settings: BufferSettings, num_ready: int) -> int:
-    """How many groups should be open: what is still needed over the acceptance rate, and a bit."""
-    needed = ready_capacity(state, settings) - num_ready
-    if needed <= 0:
-        return 0
-    margin = DISPATCH_MARGIN if settings.dynamic_sampling else 1.0
-    return math.ceil(needed / acceptance_rate(state, settings) * margin - 1e-9)
+def num_new_prompts(
+    settings: BufferSettings, tally: Tally, prospects: Outlook, *, num_missing: int, num_room: int
+) -> int:
+    """How many prompts to begin now, beside the open groups.
 
-
-def closable_batch(live: Iterable[Group], num_groups: int) -> list[Group] | None:
-    """The first `num_groups` groups in dispatch order, once each of them is ready.
-
-    Not the first to finish: those are the short ones. A group that is still open holds back the
-    ones dispatched after it; uniform and dropped groups have left `live` and hold back nobody.
+    Enough for the batch being filled, which lacks `num_missing` groups, with a reserve; and, when
+    sampling may run ahead, enough for the room that is left, `num_room` groups, on average.
     """
-    first = list(itertools.islice(live, num_groups))
-    if len(first) < num_groups or any(group.state != "ready" for group in first):
-        return None
-    return first
+    if num_room <= 0:
+        return 0
+    if not settings.dynamic_sampling:
+        return max(0, num_room - tally.num_groups)
+    expected = Expected.of(tally, prospects)
+    return max(
+        new_prompts(num_missing, expected, prospects),
+        new_prompts(num_room, expected, prospects, safety=0.0),
+    )
 
 
-def fair_share(total: int, num_actors: int) -> int:
-    """Open groups one actor may hold when `total` are wanted."""
-    return math.ceil(total / max(num_actors, 1))
+def closable_batch(
+    live: Iterable[Group], num_groups: int, closing: Closing = "dispatch_order"
+) -> list[Group] | None:
+    """The groups of a batch, in dispatch order, or None while it cannot close.
+
+    'dispatch_order': the first `num_groups`, once each of them is ready. A group that is still open
+    holds back the ones dispatched after it; uniform and dropped groups have left `live` and hold
+    back nobody. 'first_finished': the first `num_groups` to be ready, which are the short ones.
+    """
+    if closing == "first_finished":
+        live = (group for group in live if group.state == "ready")
+    batch = []
+    for group in itertools.islice(live, num_groups):
+        if group.state != "ready":
+            return None
+        batch.append(group)
+    return batch if len(batch) == num_groups else None
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How many open groups each actor may hold, so that all have equally many."""
+
+    level: float
+    """Everybody may hold so many; infinite when there is more to do than fits."""
+    num_extra: int
+    """Actors that may hold one more."""
+
+
+def fair_share(total: int, capacities: Sequence[int]) -> Share:
+    """Lay `total` groups on actors of these capacities, level by level, like water in a vessel.
+
+    The level L is the largest with sum_i min(capacity_i, L) <= total; what is left of the total
+    goes to as many actors, one group each.
+    """
+    ordered = sorted(capacities)
+    for index, capacity in enumerate(ordered):
+        num_actors = len(ordered) - index
+        if capacity * num_actors > total:
+            return Share(*divmod(total, num_actors))
+        total -= capacity
+    return Share(math.inf, 0)

@@ -21,9 +21,9 @@ from dapo_hpc.buffer.endpoint import publish_endpoint
 from dapo_hpc.buffer.events import decode_event
 from dapo_hpc.buffer.ledger import Ledger
 from dapo_hpc.buffer.prompt_table import PromptTable
-from dapo_hpc.buffer.segments import Segments, cut_torn_tail
+from dapo_hpc.buffer.segments import NO_SPACE, Segments
 from dapo_hpc.buffer.service import Service
-from dapo_hpc.buffer.writer import Store, Writer
+from dapo_hpc.buffer.writer import FULL_RETRY_S, LOG_EVERY, Store, Writer
 from dapo_hpc.config import RunConfig
 from dapo_hpc.observe.log import exit_with_cause
 from dapo_hpc.prompts.order import PromptOrder
@@ -58,18 +58,7 @@ def open_buffer(run: RunDir, config: RunConfig) -> OpenBuffer:
     Raises OwnerFenced when another process is faster, ValueError when files are missing or damaged.
     """
     owned = owner.take_ownership(run.buffer)
-    owner.inherit_ledger(owned, config.buffer.request_timeout_s)
-    ledger = Ledger(owned.ledger)
-    owner.remove_old_ledgers(owned)
-    directory = run.buffer / "segments"
-    for path in sorted(directory.glob("*.seg"))[-1:]:
-        torn = cut_torn_tail(path)
-        if torn:
-            log.warning("removed %d bytes of an unfinished write from %s.", torn, path.name)
-    store = Store(ledger, Segments(directory, owned.incarnation))
-    store.check_tail()
-    book = replay(ledger)
-    store.delete_unused()
+    store, book = inherit(owned, config.buffer.request_timeout_s)
     core = Core(
         BufferSettings.from_config(config),
         read_prompts(run, config),
@@ -78,6 +67,49 @@ def open_buffer(run: RunDir, config: RunConfig) -> OpenBuffer:
         book=book,
     )
     return OpenBuffer(core, store, owned)
+
+
+def inherit(
+    owned: owner.Ownership, request_timeout_s: float, sleep: Callable[[float], None] = time.sleep
+) -> tuple[Store, Book]:
+    """What the predecessor left, as our own.
+
+    Raises OwnerFenced, or ValueError when files are missing or damaged.
+    """
+    try:
+        _inherit_ledger(owned, request_timeout_s, sleep)
+        ledger = Ledger(owned.ledger)
+        store = Store(ledger, Segments(owned.ledger, owned.incarnation))
+        store.recover()
+        book = replay(ledger)
+        owner.remove_old_ledgers(owned)
+    except (OSError, ValueError):
+        owned.check()  # a successor removes what it has copied
+        raise
+    return store, book
+
+
+def _inherit_ledger(
+    owned: owner.Ownership, request_timeout_s: float, sleep: Callable[[float], None]
+) -> None:
+    """Copying needs space: wait for it as for that of a group commit."""
+    attempt = 1
+    while True:
+        try:
+            owner.inherit_ledger(owned, request_timeout_s, sleep)
+            return
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            if attempt % LOG_EVERY == 1:
+                log.error(
+                    "the disk of the run directory is full (%s, attempt %d); the ledger cannot be "
+                    "copied, nothing is served. Free space; next attempt in %.0f s.",
+                    error, attempt, FULL_RETRY_S,
+                )  # fmt: skip
+            attempt += 1
+            sleep(FULL_RETRY_S)
+            owned.check()
 
 
 def replay(ledger: Ledger) -> Book:
@@ -105,7 +137,7 @@ def serve(run: RunDir, config: RunConfig) -> None:
 
 
 async def _serve(run: RunDir, opened: OpenBuffer, listener: socket.socket) -> None:
-    writer = Writer(opened.store, opened.owner.check, exit_with_cause)
+    writer = Writer(opened.store, opened.owner.check, exit_with_cause, full_mark=run.disk_full)
     writer.start()
     service = Service(
         opened.core,
@@ -144,6 +176,8 @@ def _uvicorn_config(run: RunDir, service: Service) -> uvicorn.Config:
         service.app,
         ssl_certfile=str(run.auth / auth.CERTIFICATE),
         ssl_keyfile=str(run.auth / auth.KEY),
+        http="h11",  # the other implementation reads headers without a bound, before any token
+        ws="none",
         log_config=None,
         access_log=False,
         lifespan="on",

@@ -7,7 +7,6 @@ A request that waits for something to happen sleeps until the core says that som
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import resource
 import time
@@ -20,26 +19,36 @@ from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dapo_hpc.buffer import events as ev
 from dapo_hpc.buffer import messages as msg
 from dapo_hpc.buffer.core import Core, LineageFenced
+from dapo_hpc.buffer.gate import ADMITTED, LimitBodies, RequireToken
 from dapo_hpc.buffer.writer import Job, Writer
 from dapo_hpc.run_dir import RunDir, write_json
 
 log = logging.getLogger(__name__)
 
-MAX_REQUEST_BYTES = 256 * 2**20
+MAX_TOKENS_BYTES = 256 * 2**20
+"""The longest body of a request that carries tokens."""
+MAX_BODY_BYTES = 64 * 2**10
+"""The longest body of any other."""
+MAX_BODIES_BYTES = 2**30
+"""Of all requests that are not answered yet."""
+MAX_CALL_ID = 64
+"""Characters."""
 MAX_WAIT_S = 300.0
 """Longest time a request is held, whatever it asks for."""
 TICK_S = 0.2
 """Between two looks at the lease deadlines."""
 STATUS_S = 1.0
 """Least time between two snapshots for `dapo status`."""
+SNAPSHOT_EVENTS = 100_000
+"""Events in the ledger from one snapshot to the next, where no commit asks for one before."""
 LINGER_S = 10.0
 """After the run is complete and every live actor was told."""
 CALL_HEADER = "dapo-call"
@@ -72,6 +81,9 @@ class Service:
         self._said: set[str] = set()
         self.is_over = asyncio.Event()
         """The run is complete, everybody was told, and the time to linger is over."""
+        self._num_events = 0
+        """Since the last snapshot."""
+        self.routes = self._build_routes()
         self.app = self._build_app(token)
 
     def drain(self) -> None:
@@ -79,7 +91,7 @@ class Service:
         self._is_draining = True
         self._news.set()
 
-    def _build_app(self, token: str) -> ASGIApp:
+    def _build_routes(self) -> list[Route]:
         handlers: dict[str, Callable[[Request], Awaitable[Response]]] = {
             "lease": self._lease,
             "heartbeat": self._heartbeat,
@@ -93,24 +105,52 @@ class Service:
             "evaluations": self._evaluations,
             "finish": self._finish,
         }
-        routes = [Route(f"/v1/{verb}", h, methods=["POST"]) for verb, h in handlers.items()]
+        posts = [
+            Route(f"/v1/{verb}", self._admitted(handler), methods=["POST"])
+            for verb, handler in handlers.items()
+        ]
+        return [*posts, Route("/v1/status", self._admitted(self._status))]
+
+    def _build_app(self, token: str) -> RequireToken:
         app = Starlette(
-            routes=[*routes, Route("/v1/status", self._status)],
+            routes=self.routes,
             lifespan=self._lifespan,
             exception_handlers={
                 LineageFenced: _answer_with(409),
                 ValueError: _answer_with(400),
+                TimeoutError: _answer_with(408),
                 ClientDisconnect: _answer_with(400),  # it died while it spoke; nobody reads this
+                HTTPException: _no_endpoint,
                 Exception: self._fail,
             },
         )
-        return RequireToken(app, token)
+        limits = {f"/v1/{verb}": MAX_TOKENS_BYTES for verb in ("heartbeat", "submit", "release")}
+        limited = LimitBodies(app, limits=limits, default=MAX_BODY_BYTES, total=MAX_BODIES_BYTES)
+        return RequireToken(limited, token)
+
+    def _admitted(
+        self, handler: Callable[[Request], Awaitable[Response]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """I10, a second time: a request that did not pass the gate reaches no handler."""
+
+        async def guarded(request: Request) -> Response:
+            if not request.scope.get(ADMITTED):
+                sentence = f"I10: {request.url.path} was reached past the gate."
+                self._core.desk.audit.note([sentence])
+                return PlainTextResponse("the request was not admitted.", 403)
+            try:
+                return await handler(request)
+            except (LineageFenced, ValueError):
+                await self._hand_over()  # nor does it refuse for what is not on disk
+                raise
+
+        return guarded
 
     # actors
 
     async def _lease(self, request: Request) -> Response:
         asked = await _read(request, msg.LeaseRequest)
-        call_id = request.headers.get(CALL_HEADER) or uuid.uuid4().hex
+        call_id = _call_id(request)
         until = self._clock() + min(asked.wait_s, MAX_WAIT_S)
         while not await request.is_disconnected():
             reply = self._core.lease(asked, self._clock(), call_id)
@@ -120,31 +160,20 @@ class Service:
 
     async def _heartbeat(self, request: Request) -> Response:
         asked = await _read(request, msg.HeartbeatRequest)
-        try:
-            reply = self._core.heartbeat(asked, self._clock())
-        finally:
-            events, written = self._hand_over()
-        if any(isinstance(event, ev.Progressed) for event in events):
+        reply = self._core.heartbeat(asked, self._clock())
+        written = self._hand_over()
+        if not is_quick(asked, reply):
             await written
         return _packed(reply)
 
     async def _submit(self, request: Request) -> Response:
         asked = await _read(request, msg.SubmitRequest)
-        try:
-            reply = self._core.submit(asked, self._clock())
-        finally:
-            _, written = self._hand_over()
-        await written
-        return _packed(reply)
+        return await self._reply(self._core.submit(asked, self._clock()))
 
     async def _release(self, request: Request) -> Response:
         asked = await _read(request, msg.ReleaseRequest)
-        try:
-            self._core.release(asked, self._clock())
-        finally:
-            _, written = self._hand_over()
-        await written
-        return _packed(msg.Empty())
+        self._core.release(asked, self._clock())
+        return await self._reply(msg.Empty())
 
     # the learner
 
@@ -190,15 +219,15 @@ class Service:
 
     async def _reply(self, reply: Any, *, is_snapshot: bool = False) -> Response:
         """Answer once everything decided so far is on disk."""
-        _, written = self._hand_over(is_snapshot=is_snapshot)
-        await written
+        await self._hand_over(is_snapshot=is_snapshot)
         return _packed(reply)
 
-    def _hand_over(
-        self, *, is_snapshot: bool = False
-    ) -> tuple[list[ev.AnyEvent], asyncio.Future[None]]:
+    def _hand_over(self, *, is_snapshot: bool = False) -> asyncio.Future[None]:
         """Give the core's effects to the writer. The future is done when they are durable."""
         effects = self._core.take_effects()
+        self._num_events += len(effects.events)
+        is_snapshot = is_snapshot or self._num_events >= SNAPSHOT_EVENTS
+        self._num_events = 0 if is_snapshot else self._num_events
         for notice in effects.notices:
             log.warning("%s", notice)
         self._is_changed = True
@@ -216,7 +245,7 @@ class Service:
                 done=partial(_resolve_from_thread, loop, written),
             )
         )
-        return effects.events, written
+        return written
 
     async def _wait(self, until: float) -> bool:
         """Sleep until something happened. False: the time is over, or the service drains."""
@@ -278,7 +307,12 @@ class Service:
 
     def _snapshot(self) -> dict[str, Any]:
         status = self._core.status(self._clock())
-        return {"unix_s": time.time(), "incarnation": self._incarnation, **status}
+        return {
+            "unix_s": time.time(),
+            "incarnation": self._incarnation,
+            "requests_without_token": self.app.num_refused,
+            **status,
+        }
 
     def _write(self, snapshot: dict[str, Any]) -> None:
         """The snapshot is for people: a full disk must not end the buffer."""
@@ -293,35 +327,37 @@ class Service:
         return PlainTextResponse(str(error), status_code=500)
 
 
-class RequireToken:
-    """Lets nothing through, not even a body, without the run's bearer token."""
-
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app = app
-        self._expected = f"Bearer {token}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
-                await PlainTextResponse("no valid token", 401)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
 async def _read(request: Request, kind: type) -> Any:
-    """The message in a body of limited size. Raises ValueError for any other body."""
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_REQUEST_BYTES:
-            raise ValueError(
-                f"a request of more than {MAX_REQUEST_BYTES} bytes; send fewer responses at once."
-            )
+    """The message in a body. Raises ValueError for any other body."""
+    body = await request.body()
     try:
-        return msg.decode(bytes(body), kind)
-    except msgspec.DecodeError as error:
+        return msg.decode(body, kind)
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ValueError(f"the body is not a {kind.__name__}: {error}") from None
+
+
+def _call_id(request: Request) -> str:
+    """What names this call and its repetitions."""
+    call_id = request.headers.get(CALL_HEADER) or uuid.uuid4().hex
+    if len(call_id) > MAX_CALL_ID:
+        raise ValueError(
+            f"the header {CALL_HEADER} has {len(call_id)} characters; at most {MAX_CALL_ID}."
+        )
+    return call_id
+
+
+async def _no_endpoint(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 400
+    sentence = f"{request.method} {request.url.path} is not an endpoint of this buffer."
+    return PlainTextResponse(sentence, status)
+
+
+def is_quick(asked: msg.HeartbeatRequest, reply: msg.HeartbeatReply) -> bool:
+    """A heartbeat that brings nothing and loses nothing promises nothing: no need for the disk.
+
+    One whose tokens are known waits too: it may repeat one whose tokens are not on disk yet.
+    """
+    return not (reply.lost or reply.abort or any(lease.new_tokens for lease in asked.leases))
 
 
 def _packed(reply: Any) -> Response:

@@ -18,6 +18,7 @@ class Returned(msgspec.Struct, frozen=True, order=True):
     position: int
     row: int
     failures: int
+    deaths: int
 
 
 class Rollback(msgspec.Struct, frozen=True):
@@ -34,6 +35,8 @@ class Batch(msgspec.Struct, kw_only=True):
     is_short: bool
     min_step: int
     is_filtered: bool
+    digest: bytes
+    """Of its content, when it closed; see Book.batch_digest."""
     metrics: dict[str, float]
 
 
@@ -53,6 +56,8 @@ class Window(msgspec.Struct):
     correct: int = 0
     groups: int = 0
     informative: int = 0
+    by_correct: list[int] = []
+    """Finished groups by number of correct responses."""
 
 
 class State(msgspec.Struct):
@@ -61,6 +66,8 @@ class State(msgspec.Struct):
     groups: dict[int, Group] = {}
     leases: dict[int, LeaseRecord] = {}
     returned: list[Returned] = []
+    parked_rows: dict[int, int] = {}
+    """Rows of the prompts that no actor gets again, and the group that was given up."""
     cursor: int = 0
     """Positions of the prompt order that were dispatched at least once."""
     passes: int = 1
@@ -82,8 +89,13 @@ class State(msgspec.Struct):
     purged: dict[str, int] = {}
     """Training groups forgotten after a commit, by state."""
     window: Window = msgspec.field(default_factory=Window)
-    recent_groups: float = 0.0
-    recent_informative: float = 0.0
+    history: list[float] = []
+    """Groups up to the last cut by number of correct responses; each batch halves what was before.
+    """
+    unmeasured: dict[int, bool] = {}
+    """Uniform groups behind the last cut, and whether they are all correct."""
+    archive: list[int] = []
+    """Records with the history of forgotten groups, oldest first."""
     actor_stats: dict[str, ActorStats] = {}
     """As of the last closed batch; also of actors that are gone."""
     is_finished: bool = False

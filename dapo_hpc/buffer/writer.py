@@ -1,23 +1,24 @@
 """The one thread that writes, and what it writes to. A reply goes out after its group is on disk.
 
 Order of a group commit: owner still the newest, records appended, fdatasync, ledger transaction,
-owner still the newest, replies. Replies leave in the order of the requests, so that none shows what
-could still be lost.
+owner still the newest, unused segments deleted, replies. Replies leave in the order of the
+requests, so that none shows what could still be lost.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import logging
 import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from dapo_hpc.buffer.ledger import Ledger
-from dapo_hpc.buffer.segments import Location, Segments
+from dapo_hpc.buffer.segments import HEADER, NO_SPACE, Location, PayloadCorrupt, Segments
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,11 @@ GATHER_S = 0.02
 """Least time between the starts of two group commits; a lone request never waits for it."""
 FULL_RETRY_S = 1.0
 """Between two attempts while the disk is full."""
+LOG_EVERY = 30
+"""Attempts from one line in the log to the next."""
+SPARSE_FRAC = 0.25
+"""A segment of whose bytes no more than this share is needed is rewritten."""
+DATA_LOST = "The file system lost data; this run's buffer cannot be continued."
 
 
 class DiskFull(Exception):
@@ -54,24 +60,60 @@ class Store:
         self._ledger = ledger
         self._segments = segments
         self._locations = ledger.locations()
-        self._live = Counter(location.segment for location in self._locations.values())
+        self._live: Counter[str] = Counter()
+        """Bytes of records that are needed, their headers included, by segment."""
+        self._count_live(self._locations.values(), 1)
         self.unwritten: dict[int, bytes] = {}
         """Payloads handed to the writer that are not on disk yet."""
 
     def read(self, record_id: int) -> bytes:
         """Any thread. Raises KeyError for a freed record, PayloadCorrupt for a damaged one."""
-        content = self.unwritten.get(record_id)
-        return self._segments.read(self._locations[record_id]) if content is None else content
+        while True:
+            content = self.unwritten.get(record_id)
+            if content is not None:
+                return content
+            place = self._locations[record_id]
+            try:
+                return self._segments.read(place)
+            except (OSError, PayloadCorrupt):
+                if self._locations.get(record_id) == place:
+                    raise
+                # it was moved between the two lines above
 
-    def check_tail(self) -> None:
-        """Raises ValueError when a segment is shorter than the ledger says."""
-        for record_id, place in self._locations.items():
-            if self._segments.size(place.segment) < place.offset + place.length:
+    def recover(self) -> None:
+        """After opening: cut what a predecessor began to write, and look at what it wrote last.
+
+        Raises ValueError when a record that the ledger calls durable is not there.
+        """
+        ends: Counter[str] = Counter()
+        for place in self._locations.values():
+            ends[place.segment] = max(ends[place.segment], place.offset + place.length)
+        for segment, end in ends.items():
+            size = self._segments.size(segment)
+            if size < end:
                 raise ValueError(
-                    f"segment {place.segment} ends before record {record_id} at byte "
-                    f"{place.offset + place.length}, which the ledger says is durable. The file "
-                    "system lost data; this run's buffer cannot be continued."
+                    f"segment {segment} ends at byte {size}, but the ledger says that records up "
+                    f"to byte {end} are durable. {DATA_LOST}"
                 )
+        for segment in self._segments.names():
+            if segment not in ends:
+                self._segments.delete(segment)
+        newest = max(ends, default="")
+        if extra := self._segments.cut(newest, ends[newest]) if newest else 0:
+            log.warning("removed %d bytes of an unfinished write from %s.", extra, newest)
+        self._verify(newest)
+
+    def _verify(self, segment: str) -> None:
+        """Read what was written last: an error at fsync may have left it out."""
+        for record_id, place in self._locations.items():
+            if place.segment == segment:
+                try:
+                    self._segments.read(place)
+                except PayloadCorrupt as error:
+                    raise ValueError(
+                        f"record {record_id}, which the ledger calls durable, is damaged: {error} "
+                        f"{DATA_LOST}"
+                    ) from error
 
     def write(self, jobs: list[Job]) -> None:
         """Make a group durable; only the last job may carry a snapshot.
@@ -80,54 +122,82 @@ class Store:
             DiskFull: nothing was kept; try again.
             OSError, sqlite3.Error: what is on disk is unknown; exit, never retry.
         """
-        locations = self._append({k: v for job in jobs for k, v in job.payloads.items()})
+        payloads = {k: v for job in jobs for k, v in job.payloads.items()}
         freed = [record_id for job in jobs for record_id in job.freed]
         events = [event for job in jobs for event in job.events]
+        moved = {} if jobs[-1].snapshot is None else self._sparse_records(set(freed))
+        locations = self._append(payloads | moved)
         try:
             self._ledger.write(events, locations, freed, jobs[-1].snapshot)
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
                 raise
-            self._segments.take_back()
+            if locations:
+                self._segments.take_back()
             raise DiskFull(str(error)) from error
+        self._count_live((self._locations[record_id] for record_id in moved), -1)
         self._locations.update(locations)
-        self._live.update(location.segment for location in locations.values())
-        for record_id in locations:
+        self._count_live(locations.values(), 1)
+        for record_id in payloads:
             self.unwritten.pop(record_id, None)
-        self._free(freed)
+        self._count_live((self._locations.pop(record_id) for record_id in freed), -1)
 
-    def _append(self, payloads: dict[int, bytes]) -> dict[int, Location]:
-        self._segments.begin_group()
-        try:
-            locations = {k: self._segments.append(content) for k, content in payloads.items()}
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            self._segments.take_back()
-            raise DiskFull(str(error)) from error
-        if locations:
-            self._segments.sync()
-        return locations
+    def delete_unused(self) -> None:
+        """Remove segments that no record lies in.
 
-    def _free(self, record_ids: list[int]) -> None:
-        """Forget records; a segment that holds no other is deleted."""
-        for record_id in record_ids:
-            place = self._locations.pop(record_id)
-            self._live[place.segment] -= 1
-        for segment in {segment for segment, count in self._live.items() if count == 0}:
+        Only once it is sure that no successor copied an older ledger, which may need them.
+        """
+        for segment in [segment for segment, num_bytes in self._live.items() if num_bytes == 0]:
             if segment != self._segments.current:
                 self._segments.delete(segment)
                 del self._live[segment]
 
-    def delete_unused(self) -> None:
-        """After opening: remove segments that no record lies in."""
-        for segment in self._segments.names():
-            if segment not in self._live and segment != self._segments.current:
-                self._segments.delete(segment)
-
     def close(self) -> None:
         self._ledger.close()
         self._segments.close()
+
+    def _append(self, payloads: dict[int, bytes]) -> dict[int, Location]:
+        if not payloads:
+            return {}
+        try:
+            self._segments.begin_group()
+        except OSError as error:
+            raise _full_or(error) from error
+        try:
+            locations = {k: self._segments.append(content) for k, content in payloads.items()}
+        except OSError as error:
+            full = _full_or(error)
+            self._segments.take_back()
+            raise full from error
+        self._segments.sync()
+        return locations
+
+    def _sparse_records(self, freed: set[int]) -> dict[int, bytes]:
+        """What is still needed of the emptiest segment, if that is little: it moves to the newest.
+
+        One long-lived record would otherwise keep a whole file on disk.
+        """
+        shares = {
+            segment: num_bytes / max(1, self._segments.size(segment))
+            for segment, num_bytes in self._live.items()
+            if num_bytes and segment != self._segments.current
+        }
+        emptiest = min(shares, key=lambda segment: shares[segment], default="")
+        if not emptiest or shares[emptiest] > SPARSE_FRAC:
+            return {}
+        return {
+            record_id: self._segments.read(place)
+            for record_id, place in self._locations.items()
+            if place.segment == emptiest and record_id not in freed
+        }
+
+    def _count_live(self, places: Iterable[Location], sign: int) -> None:
+        for place in places:
+            self._live[place.segment] += sign * (HEADER.size + place.length)
+
+
+def _full_or(error: OSError) -> Exception:
+    return DiskFull(str(error)) if error.errno in NO_SPACE else error
 
 
 class Writer(threading.Thread):
@@ -138,13 +208,17 @@ class Writer(threading.Thread):
         store: Store,
         check_owner: Callable[[], None],
         on_fatal: Callable[[BaseException], None],
+        *,
+        full_mark: Path,
     ) -> None:
+        """`full_mark`: an empty file that exists while the disk is full."""
         super().__init__(name="buffer-writer", daemon=True)
         self._store = store
+        self._full_mark = full_mark
         self._check_owner = check_owner
         self._on_fatal = on_fatal
         self._jobs: list[Job] = []
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
         self._is_stopping = False
         self._last_commit_s = 0.0
 
@@ -163,25 +237,42 @@ class Writer(threading.Thread):
         self.join()
 
     def run(self) -> None:
+        self._unmark()  # a predecessor may have been killed while it waited
         try:
             while jobs := self._next_group():
-                if not all(job.is_empty for job in jobs):
-                    self._commit(jobs)
+                self._commit(jobs)
                 for job in jobs:
                     job.done()
         except Exception as error:  # the top of a thread: the process must not go on
             self._on_fatal(error)
 
+    def take(self) -> list[Job]:
+        """Everything queued, up to the first snapshot; does not wait."""
+        with self._changed:
+            last = next((i for i, job in enumerate(self._jobs) if job.snapshot), len(self._jobs))
+            jobs, self._jobs = self._jobs[: last + 1], self._jobs[last + 1 :]
+            return jobs
+
+    def attempt(self, jobs: list[Job]) -> None:
+        """Try once to make a group durable; afterwards its replies may go.
+
+        Raises DiskFull: try again. Anything else: exit.
+        """
+        self._check_owner()
+        if all(job.is_empty for job in jobs):
+            return
+        self._store.write(jobs)
+        self._check_owner()
+        self._store.delete_unused()
+
     def _next_group(self) -> list[Job]:
-        """Everything queued, up to the first snapshot; empty when stopping."""
+        """Wait for jobs; empty when stopping."""
         with self._changed:
             while not self._jobs and not self._is_stopping:
                 self._changed.wait()
             if not all(job.is_empty for job in self._jobs):
                 self._gather()
-            last = next((i for i, job in enumerate(self._jobs) if job.snapshot), len(self._jobs))
-            jobs, self._jobs = self._jobs[: last + 1], self._jobs[last + 1 :]
-            return jobs
+            return self.take()
 
     def _gather(self) -> None:
         """In a burst, let more requests join the group."""
@@ -191,20 +282,35 @@ class Writer(threading.Thread):
         self._last_commit_s = time.monotonic()
 
     def _commit(self, jobs: list[Job]) -> None:
-        self._check_owner()
-        attempt = 0
+        """Repeat `attempt` for as long as the disk is full."""
+        attempt = 1
         while True:
             try:
-                self._store.write(jobs)
+                self.attempt(jobs)
                 break
             except DiskFull as error:
+                self._note_full(error, attempt, len(jobs))
                 attempt += 1
-                if attempt % 30 == 1:
-                    log.error(
-                        "the disk of the run directory is full (%s, attempt %d); %d requests wait, "
-                        "nothing is acknowledged. Free space; next attempt in %.0f s.",
-                        error, attempt, len(jobs), FULL_RETRY_S,
-                    )  # fmt: skip
                 time.sleep(FULL_RETRY_S)
-                self._check_owner()
-        self._check_owner()
+        if attempt > 1:
+            self._note_space()
+
+    def _note_full(self, error: DiskFull, attempt: int, num_waiting: int) -> None:
+        """Say so: in the log, and to `dapo status` by a file that needs no space."""
+        if attempt % LOG_EVERY == 1:
+            log.error(
+                "the disk of the run directory is full (%s, attempt %d); %d requests wait, "
+                "nothing is acknowledged. Free space; next attempt in %.0f s.",
+                error, attempt, num_waiting, FULL_RETRY_S,
+            )  # fmt: skip
+        if attempt == 1:
+            with contextlib.suppress(OSError):
+                self._full_mark.touch()
+
+    def _note_space(self) -> None:
+        log.warning("there is space on the disk of the run directory again; going on.")
+        self._unmark()
+
+    def _unmark(self) -> None:
+        with contextlib.suppress(OSError):
+            self._full_mark.unlink(missing_ok=True)

@@ -15,6 +15,11 @@ def cross_checks(config: RunConfig) -> list[str]:
             f"eval.every = {config.eval.every} needs held-out prompts, but prompts.eval is not "
             "set. Set prompts.eval to a parquet file, or eval.every to 0."
         )
+    if config.model.imported is not None and config.sft is not None:
+        found.append(
+            f"model.imported = {config.model.imported!r}, but there is an [sft] section: what dapo "
+            "sft writes to model.path would not be trained on. Leave one of them out."
+        )
     if reward.overlong_punishment and reward.overlong_cache_tokens > rollout.max_response_tokens:
         found.append(
             f"reward.overlong_cache_tokens = {reward.overlong_cache_tokens} is longer than "
@@ -68,11 +73,12 @@ def _learning_rate(config: RunConfig) -> list[str]:
             'optimizer.schedule is "constant". Set optimizer.schedule to "cosine" or "linear", or '
             "leave optimizer.min_lr_frac out."
         )
-    if optimizer.schedule != "constant" and optimizer.warmup_steps >= total:
+    highest = optimizer.warmup_steps + 1 - optimizer.first_warmup_step
+    if optimizer.schedule != "constant" and optimizer.warmup_steps and highest >= total:
         found.append(
-            f'optimizer.schedule = "{optimizer.schedule}" falls between optimizer.warmup_steps = '
-            f"{optimizer.warmup_steps} and run.total_steps = {total}: nothing is left to fall "
-            "over. Lower optimizer.warmup_steps."
+            f'optimizer.schedule = "{optimizer.schedule}" falls from the end of the warm-up, step '
+            f"{highest}, to run.total_steps = {total}: nothing is left to fall over. Lower "
+            "optimizer.warmup_steps."
         )
     return found
 

@@ -13,6 +13,7 @@ from types import FrameType
 from dapo_hpc.config import RunConfig
 from dapo_hpc.launch.process import RoleCommand, RoleProcess, role_words
 from dapo_hpc.launch.supervise import Exit, Finish, GiveUp, Restart, RestartPolicy, exit_text
+from dapo_hpc.observe.final import FINAL_EXIT
 from dapo_hpc.observe.live import ProcessState, View
 from dapo_hpc.observe.log import last_line, last_message, message_of
 from dapo_hpc.run_dir import RunDir
@@ -92,8 +93,10 @@ class Fleet:
         return INTERRUPTED
 
     def _exits(self) -> list[tuple[str, int]]:
+        """Those that say they are final first: a rank that dies of another's death does not."""
         codes = [(name, process.exit_code()) for name, process in self._live.items()]
-        return [(name, code) for name, code in codes if code is not None]
+        ended = [(name, code) for name, code in codes if code is not None]
+        return sorted(ended, key=lambda exit: exit[1] != FINAL_EXIT)
 
     def _on_exit(self, name: str, code: int) -> int | None:
         process = self._live.pop(name, None)
@@ -244,7 +247,8 @@ def sampling_commands(run: RunDir, config: RunConfig) -> list[RoleCommand]:
 def rank_commands(run: RunDir, config: RunConfig, role: str) -> list[RoleCommand]:
     """Every rank of the learner, or of supervised fine-tuning; they restart together."""
     learner = config.learner
-    world = learner.tensor_parallel * learner.pipeline_parallel * learner.data_parallel
+    model = learner.tensor_parallel * learner.pipeline_parallel
+    world = model * learner.context_parallel * learner.data_parallel
     commands = []
     for rank in range(world):
         words = ("--rank", str(rank), "--world", str(world))
@@ -271,4 +275,5 @@ def _command(
 def _giving_up(decision: GiveUp, name: str, code: int, cause: str, log: Path) -> str:
     count = decision.restarts
     times = f"after {count} restart{'s' * (count > 1)}" if count else "at its first start"
-    return f"{name} ended ({exit_text(code)}) {times}; the run stops.\n  {cause}\n  log: {log}"
+    why = "; another start would end the same way" if decision.is_final else ""
+    return f"{name} ended ({exit_text(code)}) {times}{why}; the run stops.\n  {cause}\n  log: {log}"

@@ -42,10 +42,6 @@ class RunExists(ValueError):
     """The run directory is taken; the message says how to go on."""
 
 
-class MissingInput(ValueError):
-    """Files the config names are not there; the message lists them all."""
-
-
 Kind = Literal["train", "sft", "eval"]
 
 
@@ -95,6 +91,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     for section, key in (
         ("run", "dir"),
         ("model", "path"),
+        ("model", "imported"),
         ("prompts", "train"),
         ("prompts", "eval"),
         ("sft", "init"),
@@ -105,16 +102,15 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return RunConfig.model_validate(table)
 
 
-def require_files(config: RunConfig, keys: tuple[str, ...]) -> None:
-    """Raise MissingInput naming every key of `keys` whose file or directory is not there."""
+def missing_files(config: RunConfig, keys: tuple[str, ...]) -> list[str]:
+    """A sentence for each key of `keys` whose file or directory is not there."""
     missing = []
     for dotted in keys:
         section, _, key = dotted.partition(".")
         value = getattr(getattr(config, section), key)
         if value is not None and not Path(value).exists():
             missing.append(f"{dotted} = {value!r}: there is no such file or directory.")
-    if missing:
-        raise MissingInput("\n".join(missing))
+    return missing
 
 
 def lock_run(run: RunDir) -> IO[str]:

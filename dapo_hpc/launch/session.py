@@ -13,12 +13,13 @@ from typing import Literal
 import pyarrow.parquet as pq
 
 from dapo_hpc.buffer.auth import create_auth
-from dapo_hpc.config import RunConfig
+from dapo_hpc.config import ConfigProblems, RunConfig
 from dapo_hpc.launch import local, prepare
 from dapo_hpc.launch.local import COMPLETE, INTERRUPTED, StopRequest
 from dapo_hpc.launch.process import RoleCommand
 from dapo_hpc.observe import metrics, report
 from dapo_hpc.observe.live import View, eval_text, make_view
+from dapo_hpc.plan import make_plan, sft_phase
 from dapo_hpc.run_dir import RunDir
 
 
@@ -52,36 +53,41 @@ class Session:
         )
 
 
-def train(config: RunConfig) -> int:
-    """Start a new run. Returns the exit code."""
-    prepare.require_files(config, ("model.path", "prompts.train", "prompts.eval"))
+def train(config: RunConfig, source: Path) -> int:
+    """Start a new run of the config in the TOML file `source`. Returns the exit code."""
+    plan = make_plan(config, source.parent)
+    needed = ("model.path", "model.imported", "prompts.train", "prompts.eval")
+    missing = prepare.missing_files(config, needed)
+    _require_none(source, missing + plan.problems)
     return _train(*prepare.create_run(config, "train"))
 
 
-def sft(config: RunConfig) -> int:
+def sft(config: RunConfig, source: Path) -> int:
     """Fine-tune sft.init on sft.pairs in the run directory `<name>-sft`; writes model.path."""
     if config.sft is None:
         raise ValueError("dapo sft needs an [sft] section; the config has none.")
-    prepare.require_files(config, ("sft.init", "sft.pairs"))
+    problems = prepare.missing_files(config, ("sft.init", "sft.pairs"))
+    problems += make_plan(sft_phase(config), source.parent).learner_problems
     if _holds_model(Path(config.model.path)):
-        raise ValueError(
+        problems.append(
             f"model.path = {config.model.path!r} is where dapo sft would write, but it holds a "
             "model already. Set model.path to another directory, or delete that one."
         )
+    _require_none(source, problems)
     return _sft(*prepare.create_run(_renamed(config, "sft"), "sft"))
 
 
-def evaluate(config: RunConfig, model: Path) -> int:
+def evaluate(config: RunConfig, model: Path, source: Path) -> int:
     """Evaluate a Hugging Face directory on prompts.eval, in the run directory `<name>-eval`."""
     if config.prompts.eval is None:
         raise ValueError("dapo eval needs held-out prompts: set prompts.eval to a parquet file.")
     if not _holds_model(model):
         raise ValueError(f"--model {model} holds no safetensors files; expected a model directory.")
-    prepare.require_files(config, ("prompts.train", "prompts.eval"))
-    table = config.model_copy(
-        update={"model": config.model.model_copy(update={"path": str(model)})}
-    )
-    return _evaluate(*prepare.create_run(_renamed(table, "eval"), "eval"))
+    section = config.model.model_copy(update={"path": str(model)})
+    config = config.model_copy(update={"model": section})
+    missing = prepare.missing_files(config, ("prompts.train", "prompts.eval"))
+    _require_none(source, missing + make_plan(config, source.parent).engine_problems)
+    return _evaluate(*prepare.create_run(_renamed(config, "eval"), "eval"))
 
 
 def resume(root: Path, overrides: list[str], kind: Literal["train", "sft"]) -> int:
@@ -92,6 +98,11 @@ def resume(root: Path, overrides: list[str], kind: Literal["train", "sft"]) -> i
         )
     run, config = prepare.open_run(root, kind)
     return _train(run, config) if kind == "train" else _sft(run, config)
+
+
+def _require_none(source: Path, problems: list[str]) -> None:
+    if problems:
+        raise ConfigProblems(source.name, problems)
 
 
 # ------------------------------------------------------------------ the three kinds

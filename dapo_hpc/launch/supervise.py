@@ -9,6 +9,8 @@ import signal
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dapo_hpc.observe.final import FINAL_EXIT
+
 FIRST_DELAY_S = 1.0
 MAX_DELAY_S = 30.0
 QUIET_EXIT_DELAY_S = 5.0
@@ -44,6 +46,8 @@ class Finish:
 class GiveUp:
     unit: Unit
     restarts: int
+    is_final: bool = False
+    """The process said that another start would end the same way."""
 
 
 Decision = Restart | Finish | GiveUp | Literal["wait"]
@@ -77,6 +81,9 @@ class RestartPolicy:
         """
         if ended.unit in self.preparing:
             return "wait" if ended.code == 0 else GiveUp(unit=ended.unit, restarts=0)
+        if ended.code == FINAL_EXIT:
+            restarts = self._restarts.get(ended.unit, 0)
+            return GiveUp(unit=ended.unit, restarts=restarts, is_final=True)
         if ended.unit == self.leader and ended.code == 0:
             self._finished += 1
             if self._finished < self.sizes[self.leader]:

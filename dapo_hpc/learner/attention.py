@@ -18,7 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
+
+from dapo_hpc.learner.context import Chunk, Share, chunks
 
 MAX_PADDED_SHARE = 1.25
 """A run is closed when padding would make it this much larger than its tokens."""
@@ -39,6 +42,38 @@ class Run:
     """[end - start] int64: place of each token in the [B * S] padded batch; None: no padding."""
 
 
+@dataclass(frozen=True, slots=True)
+class ContextParts:
+    """What the queries of this rank's part of a row attend to among the keys of all parts."""
+
+    group: Any
+    """The ranks that hold the parts."""
+    chunks: tuple[tuple[int, int, Tensor], ...]
+    """First query, end of the queries, and the places of their keys; see context.Chunk."""
+    cu_queries: Tensor
+    """[chunks + 1] int32."""
+    cu_keys: Tensor
+    max_queries: int
+    max_keys: int
+
+    @classmethod
+    def of(cls, chunks: list[Chunk], group: Any, device: torch.device) -> ContextParts:
+        queries = np.array([chunk.end - chunk.start for chunk in chunks])
+        keys = np.array([len(chunk.keys) for chunk in chunks])
+
+        def ends(counts: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.append(0, np.cumsum(counts)).astype(np.int32)).to(device)
+
+        return cls(
+            group=group,
+            chunks=tuple((c.start, c.end, torch.from_numpy(c.keys).to(device)) for c in chunks),
+            cu_queries=ends(queries),
+            cu_keys=ends(keys),
+            max_queries=int(queries.max()),
+            max_keys=int(keys.max()),
+        )
+
+
 @dataclass
 class PackedSequences(PackedSeqParams):  # type: ignore[misc]  # Megatron has no types
     """Megatron's description of a packed row, with what our attention needs beside it."""
@@ -50,6 +85,8 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]  # Megatron has no
     """[T, 1, d / 2] float32: rotary angles by position. A row has them only while it passes through
     the model: for all rows of a step they would take more memory than the model's activations."""
     sin: Tensor | None = None
+    parts: ContextParts | None = None
+    """Where the row is one of several ranks' parts of a longer one."""
 
     def with_angles(self, rotary: RotaryTable) -> PackedSequences:
         """For one pass through the model."""
@@ -88,6 +125,32 @@ def describe(lengths: np.ndarray, device: torch.device) -> PackedSequences:
         max_seqlen_kv=int(lengths.max()),
         positions=torch.from_numpy(positions.astype(np.int32)).to(device),
         runs=tuple(_run(lengths, ends, a, b, device) for a, b in run_bounds(lengths)),
+    )
+
+
+def describe_share(
+    lengths: np.ndarray, every: list[Share], rank: int, group: Any, device: torch.device
+) -> PackedSequences:
+    """`describe` of one rank's part of a row.
+
+    Args:
+        lengths: [B] tokens of each sequence of the whole row.
+        every: `context.shares` of it.
+        rank: which of them.
+        group: the ranks that hold them, in order.
+        device: of the model.
+    """
+    starts = np.repeat(np.append(0, np.cumsum(lengths))[:-1], lengths)
+    positions = every[rank].take((np.arange(len(starts)) - starts).astype(np.int32))
+    parts = ContextParts.of(chunks(lengths, every, rank), group, device)
+    return PackedSequences(
+        qkv_format="thd",
+        cu_seqlens_q=parts.cu_queries,
+        cu_seqlens_kv=parts.cu_keys,
+        max_seqlen_q=parts.max_queries,
+        max_seqlen_kv=parts.max_keys,
+        positions=torch.from_numpy(positions).to(device),
+        parts=parts,
     )
 
 
@@ -146,13 +209,8 @@ class PackedAttention(torch.nn.Module):
     in Python (two slices and a concatenation for each).
     """
 
-    def __init__(self, config: Any, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
+    def __init__(self, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
         super().__init__()
-        if config.context_parallel_size != 1:
-            raise ValueError(
-                f"context_parallel_size is {config.context_parallel_size}; packed attention keeps "
-                "whole sequences on one rank, expected 1."
-            )
         self.scale = softmax_scale
 
     def forward(
@@ -168,29 +226,76 @@ class PackedAttention(torch.nn.Module):
         """[T, h, d], [T, h_kv, d], [T, h_kv, d] -> [T, h * d]."""
         if packed_seq_params is None or attention_mask is not None or attention_bias is not None:
             raise ValueError("packed attention takes PackedSequences and neither mask nor bias.")
-        if packed_seq_params.cos is None or packed_seq_params.sin is None:
-            raise ValueError("packed attention needs angles; pass sequences.with_angles(rotary).")
-        query = _apply(_Rotate, query, packed_seq_params.cos, packed_seq_params.sin)
-        key = _apply(_Rotate, key, packed_seq_params.cos, packed_seq_params.sin)
+        query, key = rotated(query, key, packed_seq_params)
+        if packed_seq_params.parts is not None:
+            return _attend_over_ranks(query, key, value, packed_seq_params.parts, self.scale)
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-            return _varlen_kernel(query, key, value, packed_seq_params, self.scale)
+            ends = packed_seq_params.cu_seqlens_q, packed_seq_params.cu_seqlens_kv
+            longest = packed_seq_params.max_seqlen_q, packed_seq_params.max_seqlen_kv
+            return _varlen_kernel(query, key, value, ends, longest, self.scale)
         outputs = [_attend(query, key, value, run, self.scale) for run in packed_seq_params.runs]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _varlen_kernel(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float | None
+def rotated(query: Tensor, key: Tensor, packed: PackedSequences | None) -> tuple[Tensor, Tensor]:
+    """Query [T, h, d] and key [T, h_kv, d] with the rotary embedding of each token's position."""
+    if packed is None or packed.cos is None or packed.sin is None:
+        raise ValueError("packed attention needs angles; pass sequences.with_angles(rotary).")
+    cos, sin = packed.cos, packed.sin
+    return _apply(_Rotate, query, cos, sin), _apply(_Rotate, key, cos, sin)
+
+
+def _attend_over_ranks(
+    query: Tensor, key: Tensor, value: Tensor, parts: ContextParts, scale: float | None
 ) -> Tensor:
+    """[T', h, d], [T', h_kv, d], [T', h_kv, d] of this rank -> [T', h * d]."""
+    both: Tensor = gather_from_sequence_parallel_region(
+        torch.cat([key, value], dim=1), group=parts.group
+    )
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        places = torch.cat([keys for _, _, keys in parts.chunks])
+        key, value = both.index_select(0, places).chunk(2, dim=1)
+        ends, longest = (parts.cu_queries, parts.cu_keys), (parts.max_queries, parts.max_keys)
+        return _varlen_kernel(query, key, value, ends, longest, scale)
+    outputs = []
+    for start, end, keys in parts.chunks:
+        key, value = both.index_select(0, keys).chunk(2, dim=1)
+        outputs.append(_attend_to_prefix(query[start:end], key, value, scale))
+    return torch.cat(outputs)
+
+
+def _attend_to_prefix(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """The last n of k tokens look at what is before them.
+
+    [n, h, d], [k, h_kv, d], [k, h_kv, d] -> [n, h * d].
+    """
+    n, k = len(query), len(key)
+    mask = torch.ones(n, k, dtype=torch.bool, device=query.device).tril(k - n)
+    q, k_, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    has_groups = query.shape[1] != key.shape[1]
+    output = F.scaled_dot_product_attention(
+        q, k_, v, attn_mask=mask, scale=scale, enable_gqa=has_groups
+    )
+    return output[0].transpose(0, 1).reshape(n, -1)
+
+
+def _varlen_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scale: float | None,
+) -> Tensor:
+    """Of queries and keys that end at `ends`; the last query of each run sees all of its keys."""
     from torch.nn.attention.varlen import varlen_attn
 
     output: Any = varlen_attn(
         query,
         key,
         value,
-        packed.cu_seqlens_q,
-        packed.cu_seqlens_kv,
-        packed.max_seqlen_q,
-        packed.max_seqlen_kv,
+        *ends,
+        *longest,
         scale=scale,
         window_size=(-1, 0),  # everything before the token, nothing after it
         enable_gqa=query.shape[1] != key.shape[1],

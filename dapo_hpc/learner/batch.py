@@ -13,7 +13,7 @@ from dapo_hpc.buffer.messages import decode, encode
 from dapo_hpc.config import LossSection, RunConfig
 from dapo_hpc.learner.advantage import group_advantages
 from dapo_hpc.learner.correction import non_finite_tokens
-from dapo_hpc.learner.forward import Row, row
+from dapo_hpc.learner.forward import Row, row, shares_of
 from dapo_hpc.learner.head import LossInputs
 from dapo_hpc.learner.model import Policy
 from dapo_hpc.learner.packing import (
@@ -99,11 +99,15 @@ def build(
         [group_advantages(np.array(s.rewards), config.advantage) for s in summaries]
     )
     weights = _weights(config, plan, summaries, dropped)
-    multiple = here.layout.tensor if policy.config.sequence_parallel else 1
+    is_shared = here.layout.context > 1
+    multiple = 1 if is_shared else policy.row_multiple
 
     def micro(members: Sequence[tuple[int, int]]) -> Micro:
         tokens = pack(members, groups, advantages=advantages, weights=weights, multiple=multiple)
-        return Micro(tokens.to(here.device), _row(policy, tokens))
+        row = _row(policy, tokens)
+        if is_shared:
+            tokens = tokens.share(shares_of(policy, tokens.lengths)[here.context_rank])
+        return Micro(tokens.to(here.device), row)
 
     mini_batches = [
         [micro(members) for members in mini.ranks[here.data_rank]] for mini in plan.mini_batches
@@ -112,12 +116,11 @@ def build(
 
 
 def _row(policy: Policy, tokens: MicroBatch) -> Row:
-    lengths = np.diff(tokens.cu_seqlens.numpy()).astype(np.int64)
     return row(
         policy,
         tokens.token_ids.numpy(),
         tokens.targets.numpy(),
-        lengths,
+        tokens.lengths,
         is_wanted=tokens.loss_mask.numpy(),
     )
 
@@ -127,7 +130,7 @@ def _dropped(
 ) -> np.ndarray:
     """[N, G] tokens without a finite rollout log-prob, over all ranks."""
     mine = np.zeros(shape, dtype=np.int64)
-    if here.reports:
+    if here.speaks:
         members = [
             member
             for mini in plan.mini_batches

@@ -32,6 +32,7 @@ from dapo_hpc.learner.checkpoint_writer import Save, make_plan
 from dapo_hpc.learner.model import Policy
 from dapo_hpc.learner.optimizer import Optimizer
 from dapo_hpc.learner.parallel import Processes
+from dapo_hpc.observe.final import Final
 
 UNREADABLE = (
     OSError,
@@ -48,7 +49,7 @@ MAX_CAUSE = 500
 log = logging.getLogger(__name__)
 
 
-class NoUsableCheckpoint(RuntimeError):
+class NoUsableCheckpoint(Final):
     """There are checkpoints, but none can be read; a person must look."""
 
 

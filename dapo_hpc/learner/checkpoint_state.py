@@ -30,6 +30,8 @@ from dapo_hpc.learner.optimizer import Optimizer, Shard
 
 MAIN = "fp32_param"
 """Beside the moments' names: float32 main parameters. Megatron's own word for them."""
+EXTRA = "_extra_state"
+"""torch's ending for what a layer remembers beside its parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ def boxes(start: int, end: int, width: int) -> Iterator[Box]:
 def describe(policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
     """The tensors of this rank's model and optimizer and their places in whole tensors."""
     with cpu.cuda_calls_on_cpu():
-        model = sharded_state(policy.module)
+        model = sharded_parameters(policy.module)
         # The same parameters, but each layer with names of its own; boxes lie in no list of layers.
         by_layer = sharded_state(policy.module, non_homogeneous_layers=True)
     writers = _Writers(model)
@@ -77,7 +79,7 @@ def describe(policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
 
 def load(policy: Policy, optimizer: Optimizer, described: Any, loaded: Any) -> None:
     """Put what dist_checkpointing loaded for `described` in its place."""
-    policy.module.load_state_dict(loaded["model"])
+    fill(policy.module, loaded["model"])
     for name, box in described["optimizer"].items():
         box.data.copy_(loaded["optimizer"][name])
     optimizer.resume(**loaded["updates"])
@@ -90,6 +92,20 @@ def sharded_state(module: Any, **options: bool) -> dict[str, Any]:
     return found
 
 
+def sharded_parameters(module: Any) -> dict[str, Any]:
+    """The parameters of `sharded_state` alone: what else some layers remember, the scales of 8-bit
+    arithmetic, is unused here, and TransformerEngine's layers have more of it than Megatron's."""
+    state = sharded_state(module)
+    return {name: part for name, part in state.items() if not isinstance(part, ShardedObject)}
+
+
+def fill(module: Any, loaded: dict[str, Tensor]) -> None:
+    """Put what was loaded for `sharded_parameters` in its place."""
+    found = module.load_state_dict(loaded, strict=False)
+    missing = [name for name in found.missing_keys if not name.endswith(EXTRA)]
+    assert not missing + found.unexpected_keys, f"not loaded: {missing + found.unexpected_keys}"
+
+
 class _Writers:
     """Who writes what every data-parallel rank holds: whole parameters, nearly as much for each."""
 
@@ -99,14 +115,11 @@ class _Writers:
         self._ranks: dict[str, int] = {}
         loads = [0] * self._num_ranks
         for name, sharded in model.items():
-            if not isinstance(sharded, ShardedObject):
-                self._ranks[name] = loads.index(min(loads))
-                loads[self._ranks[name]] += sharded.data.numel()
+            self._ranks[name] = loads.index(min(loads))
+            loads[self._ranks[name]] += sharded.data.numel()
 
     def whole(self, name: str, sharded: Any) -> Any:
         """A parameter that all data-parallel ranks hold."""
-        if isinstance(sharded, ShardedObject):
-            return sharded
         return dataclasses.replace(sharded, replica_id=self.replica(name, sharded))
 
     def replica(self, name: str, sharded: Any) -> tuple[int, int, int]:

@@ -30,6 +30,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch import Tensor
 from torch.distributed import DistError
 from torch.distributed.checkpoint.filesystem import (
     SerializationFormat,
@@ -106,8 +107,18 @@ def make_plan(directory: Path, state: dict[str, Any], *, is_snapshot: bool, is_f
     plan = Plan(directory, *strategy.planned)
     if is_snapshot:
         for _, _, (_, tensors) in plan.writer.write_buckets:
-            tensors[:] = [(item, tensor.to("cpu", copy=True)) for item, tensor in tensors]
+            tensors[:] = [(item, _copied(tensor)) for item, tensor in tensors]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies are under way together
     return plan
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """In host memory: a GPU's tensor in pinned pages, which torch keeps for the next checkpoint. To
+    be used after a synchronization."""
+    source = tensor.detach()
+    copy = torch.empty_like(source, device="cpu", pin_memory=source.is_cuda)
+    return copy.copy_(source, non_blocking=True)
 
 
 # ------------------------------------------------------------------ writing

@@ -16,7 +16,8 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from dapo_hpc.learner.attention import PackedSequences, describe
+from dapo_hpc.learner.attention import PackedSequences, describe, describe_share
+from dapo_hpc.learner.context import Share, shares
 from dapo_hpc.learner.head import LossInputs, Score, Targets, Train
 from dapo_hpc.learner.model import Policy
 from dapo_kernels import DapoLossStats
@@ -37,11 +38,8 @@ class Row:
     """Of the T' places."""
     sequences: PackedSequences
     num_tokens: int
-    """T: places that hold real tokens; the rest fills the row and is cut off."""
-
-    @property
-    def num_filler_tokens(self) -> int:
-        return self.token_ids.shape[1] - self.num_tokens
+    """T: places that hold real tokens; the rest fills the row and is cut off. All of a part of a
+    longer row, whose filler is told by its share."""
 
 
 def row(
@@ -51,7 +49,7 @@ def row(
     lengths: np.ndarray,
     is_wanted: np.ndarray | None = None,
 ) -> Row:
-    """Move a packed micro-batch to the device.
+    """Move a packed micro-batch to the device; under context parallelism this rank's share of it.
 
     A filler sequence is added where Megatron needs one: for an empty micro-batch, and under
     sequence parallelism to make the row a multiple of the tensor-parallel size.
@@ -64,8 +62,9 @@ def row(
         is_wanted: [T] bool; the other places do not go through the output layer, and their
             log-prob and entropy are 0. None: all are wanted.
     """
-    count = len(token_ids)
-    multiple = policy.processes.layout.tensor if policy.config.sequence_parallel else 1
+    if policy.processes.layout.context > 1:
+        return _part(policy, token_ids, targets, lengths, is_wanted)
+    count, multiple = len(token_ids), policy.row_multiple
     filler = -count % multiple or (0 if count else multiple)
     if filler:
         zeros = np.zeros(filler, np.int64)
@@ -78,6 +77,34 @@ def row(
         targets=Targets(token_ids=torch.from_numpy(targets).to(device), places=places),
         sequences=describe(lengths, device),
         num_tokens=count,
+    )
+
+
+def shares_of(policy: Policy, lengths: np.ndarray) -> list[Share]:
+    """Which context-parallel rank holds what of a packed row."""
+    return shares(lengths, policy.processes.layout.context, policy.row_multiple)
+
+
+def _part(
+    policy: Policy,
+    token_ids: np.ndarray,
+    targets: np.ndarray,
+    lengths: np.ndarray,
+    is_wanted: np.ndarray | None,
+) -> Row:
+    here = policy.processes
+    every = shares_of(policy, lengths)
+    mine = every[here.context_rank]
+    wanted = np.ones(len(token_ids), bool) if is_wanted is None else is_wanted
+    places = torch.from_numpy(np.flatnonzero(mine.take(wanted))).to(here.device)
+    group = here.context_group
+    return Row(
+        token_ids=torch.from_numpy(mine.take(token_ids)).to(here.device)[None],
+        targets=Targets(
+            token_ids=torch.from_numpy(mine.take(targets)).to(here.device), places=places
+        ),
+        sequences=describe_share(lengths, every, here.context_rank, group, here.device),
+        num_tokens=mine.size,
     )
 
 

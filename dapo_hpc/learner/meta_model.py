@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # documented, not in stubs
 from torch.overrides import TorchFunctionMode
 
 from dapo_hpc.learner import cpu
 from dapo_hpc.learner.model import build, megatron_config, require_supported
-from dapo_hpc.learner.parallel import Layout, Processes, disconnect
+from dapo_hpc.learner.parallel import Layout, Processes, disconnect, form_groups
 from dapo_hpc.weights import names
 from dapo_hpc.weights.families import OUTPUT
 from dapo_hpc.weights.names import ModelShape
@@ -81,9 +80,7 @@ def as_rank(layout: Layout, rank: int) -> Iterator[Processes]:
     store = HashStore()
     dist.init_process_group("fake", rank=rank, world_size=layout.world, store=store)
     try:
-        mpu.initialize_model_parallel(
-            layout.tensor, layout.pipeline, create_gloo_process_groups=False
-        )
+        form_groups(layout)
         cpu.use_plain_random_state()
         yield Processes(layout, rank, store, META)
     finally:

@@ -20,19 +20,16 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
 )
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from dapo_hpc.config import Frozen, RunConfig
-from dapo_hpc.learner import cpu, freezing, head
-from dapo_hpc.learner.attention import PackedAttention, RMSNorm, RotaryTable
+from dapo_hpc.learner import cpu, freezing, head, spec
+from dapo_hpc.learner.attention import RotaryTable
 from dapo_hpc.learner.parallel import Layout, Processes
+from dapo_hpc.plan import layout_problems
+from dapo_hpc.plan.architecture import Architecture
 from dapo_hpc.weights import families, names
 from dapo_hpc.weights.families import Kind
 from dapo_hpc.weights.names import ModelShape
@@ -78,8 +75,9 @@ class Policy:
         self.config = megatron_config(
             self.hf, self.shape, processes, dtype, sequence_parallel, recompute
         )
+        self.is_fused = spec.uses_transformer_engine(processes.device, dtype)
         with cpu.cuda_calls_on_cpu():
-            self.module = build(self.config, self.shape, processes)
+            self.module = build(self.config, self.shape, processes, is_fused=self.is_fused)
         self.head: head.LogprobHead | None = None
         if processes.is_last_stage:
             self.head = head.install(
@@ -96,8 +94,14 @@ class Policy:
     def of(
         cls, config: RunConfig, directory: Path, processes: Processes, *, temperature: float
     ) -> Policy:
-        """Trained as a run's config says."""
+        """Trained as a run's config says.
+
+        Raises ValueError for a model or layout that the learner cannot train, as `dapo check` does.
+        """
         learner = config.learner
+        problems = layout_problems(Architecture.read(directory), learner)
+        if problems:
+            raise ValueError(" ".join(problems))
         return cls(
             directory,
             processes,
@@ -113,6 +117,11 @@ class Policy:
     def first_layer(self) -> int:
         """Global number (from 0) of this stage's layer 0."""
         return int(self.module.decoder.layers[0].layer_number) - 1
+
+    @property
+    def row_multiple(self) -> int:
+        """The number of tokens of a row on a rank must be one of it."""
+        return self.processes.layout.tensor if self.config.sequence_parallel else 1
 
     @torch.no_grad()
     def load(self, source: TensorSource) -> None:
@@ -132,9 +141,9 @@ class Policy:
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Full Hugging Face tensors, one parameter at a time; yields them on rank 0 only.
 
-        Collective: every rank must exhaust it. Only the first data-parallel replica works.
+        Collective: every rank must exhaust it. Only one rank for each part of the model works.
         """
-        if self.processes.data_rank != 0:
+        if self.processes.data_rank != 0 or self.processes.context_rank != 0:
             return
         layout = self.processes.layout
         per_stage = self.shape.num_layers // layout.pipeline
@@ -148,7 +157,8 @@ class Policy:
         entry = names.entry(self.shape, name, first_layer=first)
         full: list[Tensor] = []
         if here.pipeline_rank == stage:
-            full = self._gather(self.module.get_parameter(name).detach(), entry.kind)
+            own = names.fused_name(name) if self.is_fused else name
+            full = self._gather(self.module.get_parameter(own).detach(), entry.kind)
         if here.tensor_rank != 0:
             return
         for i, (hf_name, shape) in enumerate(entry.hf_shapes.items()):
@@ -246,6 +256,7 @@ def megatron_config(
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
         sequence_parallel=sequence_parallel,
         # Micro-batches differ in length, so stages tell each other shapes; Megatron allows that
         # only with this dispatcher, dense model or not.
@@ -280,31 +291,21 @@ def _finalize(models: list[torch.nn.Module], _num_tokens: Tensor | None, **kwarg
     finalize_model_grads(models, None, **kwargs)
 
 
-def build(config: TransformerConfig, shape: ModelShape, processes: Processes) -> GPTModel:
-    """This rank's share of the model, with arbitrary weights."""
+def build(
+    config: TransformerConfig, shape: ModelShape, processes: Processes, *, is_fused: bool = False
+) -> GPTModel:
+    """This rank's share of the model, with arbitrary weights; is_fused: see spec.py."""
     return GPTModel(
         config=config,
-        transformer_layer_spec=_layers(config),
+        transformer_layer_spec=spec.fused(config) if is_fused else spec.plain(config),
         vocab_size=shape.padded_vocab(processes.layout.tensor),
         max_sequence_length=1,  # only learned position embeddings look at it
         pre_process=mpu.is_pipeline_first_stage(),
         post_process=mpu.is_pipeline_last_stage(),
         parallel_output=True,
         share_embeddings_and_output_weights=shape.is_tied,
-        position_embedding_type="none",  # rotated in PackedAttention
+        position_embedding_type="none",  # rotated in front of attention
     )
-
-
-def _layers(config: TransformerConfig) -> TransformerBlockSubmodules:
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    attention = layer.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    num_layers = get_num_layers_to_build(config)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
 
 
 def _data_parallel(

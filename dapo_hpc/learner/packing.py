@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dapo_hpc.learner.context import Share
 from dapo_hpc.records import Group, GroupSummary, Response
 
 Normalization = Literal["global_tokens", "per_prompt", "per_sequence", "per_sequence_const"]
@@ -181,6 +182,21 @@ class MicroBatch:
     max_sequence_tokens: int
     num_padding_tokens: int
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """[S] int64: tokens of each sequence, that of the padding included."""
+        return np.diff(self.cu_seqlens.numpy()).astype(np.int64)
+
+    def share(self, share: Share) -> MicroBatch:
+        """A context-parallel rank's part: every per-token tensor [T'] instead of [T].
+
+        What is said of whole sequences (cu_seqlens, response_bounds) stays that of the whole row.
+        """
+        first_padding = len(self.token_ids) - self.num_padding_tokens
+        real = int((share.places < first_padding).sum())
+        tensors = {name: share.take_tensor(getattr(self, name)) for name in PER_TOKEN}
+        return replace(self, **tensors, num_padding_tokens=share.size - real)  # type: ignore[arg-type]  # all of them tensors
+
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same with its tensors on a device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -190,6 +206,19 @@ class MicroBatch:
             if isinstance(value, Tensor)
         }
         return replace(self, **moved)
+
+
+PER_TOKEN = (
+    "token_ids",
+    "positions",
+    "targets",
+    "loss_mask",
+    "advantages",
+    "token_weights",
+    "rollout_logprobs",
+    "sampling_steps",
+)
+"""Fields of MicroBatch with an entry for each token."""
 
 
 def pack(

@@ -6,7 +6,8 @@ collective that a watchdog would kill. A rank that is restarted finds its place 
 marks the store as broken and waits for a new one; everybody else sees the mark and exits, and their
 launcher starts them again.
 
-Tensor-parallel ranks are neighbours, then data-parallel, then pipeline-parallel (Megatron's order).
+Tensor-parallel ranks are neighbours, then context-parallel, then data-parallel, then
+pipeline-parallel (Megatron's order).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # documented, but
     TCPStore,
 )
 
+from dapo_hpc.config import LearnerSection
 from dapo_hpc.learner import cpu
 from dapo_hpc.run_dir import write_json
 
@@ -56,18 +58,30 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    context: int = 1
+
+    @classmethod
+    def of(cls, learner: LearnerSection) -> Layout:
+        """Of a config's section."""
+        return cls(
+            tensor=learner.tensor_parallel,
+            pipeline=learner.pipeline_parallel,
+            data=learner.data_parallel,
+            context=learner.context_parallel,
+        )
 
     @property
     def world(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
     def require_world(self, world: int) -> None:
         """Raises ValueError unless exactly `world` processes make up this layout."""
         if world != self.world:
             raise ValueError(
                 f"{world} learner processes were started, but learner.tensor_parallel * "
-                f"pipeline_parallel * data_parallel is {self.tensor} * {self.pipeline} * "
-                f"{self.data} = {self.world}. Start as many as that."
+                f"pipeline_parallel * data_parallel * context_parallel is {self.tensor} * "
+                f"{self.pipeline} * {self.data} * {self.context} = {self.world}. Start as many as "
+                "that."
             )
 
 
@@ -81,6 +95,7 @@ class Processes:
         self.device = device
         self.store = store
         self.data_rank: int = mpu.get_data_parallel_rank()
+        self.context_rank: int = mpu.get_context_parallel_rank()
         self.tensor_rank: int = mpu.get_tensor_model_parallel_rank()
         self.pipeline_rank: int = mpu.get_pipeline_model_parallel_rank()
         self.is_last_stage: bool = mpu.is_pipeline_last_stage()
@@ -92,9 +107,20 @@ class Processes:
         return mpu.get_tensor_model_parallel_group() if self.layout.tensor > 1 else None
 
     @property
+    def context_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share a row; None when one rank holds all of it."""
+        return mpu.get_context_parallel_group() if self.layout.context > 1 else None
+
+    @property
     def reports(self) -> bool:
-        """True on the one rank of each data-parallel replica that holds log-probs to count."""
+        """True on the ranks that hold log-probs to count: one of each data-parallel replica, or one
+        for each part of its rows."""
         return self.is_last_stage and self.tensor_rank == 0
+
+    @property
+    def speaks(self) -> bool:
+        """True on the one rank of each data-parallel replica that counts what all of it knows."""
+        return self.reports and self.context_rank == 0
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum over all ranks, float64; those that do not report give zeros."""
@@ -197,9 +223,19 @@ def connect(layout: Layout, rank: int, address: Path | None, *, threads: int = 1
         world_size=layout.world,
         timeout=COLLECTIVE_TIMEOUT,
     )
-    mpu.initialize_model_parallel(layout.tensor, layout.pipeline, create_gloo_process_groups=False)
+    form_groups(layout)
     _seed(layout)
     return Processes(layout, rank, store, device)
+
+
+def form_groups(layout: Layout) -> None:
+    """Megatron's parallel groups; torch's process group is there."""
+    mpu.initialize_model_parallel(
+        layout.tensor,
+        layout.pipeline,
+        context_parallel_size=layout.context,
+        create_gloo_process_groups=False,
+    )
 
 
 def disconnect() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dapo_hpc.learner.forward import log_probs, row
+from dapo_hpc.learner.forward import log_probs, row, shares_of
 from dapo_hpc.learner.model import Policy
 from dapo_hpc.weights.manifest import Probe
 
@@ -41,7 +41,8 @@ def probes(policy: Policy) -> list[Probe]:
     here = policy.processes
     mine = torch.zeros(tokens.size)
     if here.reports and here.data_rank == 0:
-        mine = found[0][0]
+        share = shares_of(policy, lengths)[here.context_rank]
+        mine = share.put_back(found[0][0], tokens.size)
     values = here.sum_over_ranks(mine).reshape(tokens.shape).tolist()
     return [
         Probe(token_ids=ids, logprobs=logprobs[:-1])

@@ -19,11 +19,12 @@ from dapo_hpc.learner.optimizer import AdamSettings, Optimizer
 from dapo_hpc.learner.parallel import Processes
 from dapo_hpc.learner.probe import probes
 from dapo_hpc.learner.reference import Reference
+from dapo_hpc.learner.start import load_start
+from dapo_hpc.observe.final import refusals_are_final
 from dapo_hpc.observe.metrics import MetricsLog
 from dapo_hpc.records import Group, GroupSummary, PolicyVersion
 from dapo_hpc.run_dir import RunDir, write_json
 from dapo_hpc.weights import publish
-from dapo_hpc.weights.source import SafetensorsSource
 
 POLL_S = 2.0
 """How long the buffer may hold a request for a batch; between two, evaluations are written down."""
@@ -183,10 +184,14 @@ class Session:
 
 
 def open_session(run: RunDir, config: RunConfig, processes: Processes, buffer: Buffer) -> Session:
-    """Build the model from model.path; `resume` comes next."""
+    """Build the model with the weights it starts from; `resume` comes next.
+
+    Raises Final for a model that cannot be trained so, or weights that are not that model's.
+    """
     source = Path(config.model.path)
-    policy = Policy.of(config, source, processes, temperature=config.rollout.temperature)
-    policy.load(SafetensorsSource(source))
+    with refusals_are_final():
+        policy = Policy.of(config, source, processes, temperature=config.rollout.temperature)
+        load_start(policy, config.model)
     settings = AdamSettings.of(config.optimizer, weight_decay=config.optimizer.weight_decay)
     return Session(
         run=run,

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from dapo_hpc.config import RunConfig, SftSection
 from dapo_hpc.learner.checkpoint import Checkpoints, Progress
-from dapo_hpc.learner.forward import Row, forward_backward, row
+from dapo_hpc.learner.forward import Row, forward_backward, row, shares_of
 from dapo_hpc.learner.model import Policy, is_complete
 from dapo_hpc.learner.optimizer import AdamSettings, Optimizer
 from dapo_hpc.learner.parallel import Processes
+from dapo_hpc.observe.final import refusals_are_final
 from dapo_hpc.observe.metrics import MetricsLog
 from dapo_hpc.run_dir import RunDir
 from dapo_hpc.weights.publish import write_model
@@ -87,7 +88,8 @@ class Pairs:
 def fine_tune(run: RunDir, config: RunConfig, here: Processes) -> None:
     """Train sft.init on sft.pairs and write the result to model.path.
 
-    A complete model at model.path is left as it is.
+    A complete model at model.path is left as it is. Raises Final for a model or pairs that cannot
+    be trained so.
     """
     section, target = config.sft, Path(config.model.path)
     if section is None:
@@ -95,8 +97,9 @@ def fine_tune(run: RunDir, config: RunConfig, here: Processes) -> None:
     if is_complete(target):
         log.info("%s already holds a complete model; it is not trained again.", target)
         return
-    pairs = Pairs(section)
-    policy, optimizer = _build(config, section, here)
+    with refusals_are_final():
+        pairs = Pairs(section)
+        policy, optimizer = _build(config, section, here)
     checkpoints = Checkpoints(
         run.checkpoints / "sft",
         here,
@@ -193,7 +196,10 @@ def _pack(policy: Policy, pairs: Sequence[Pair], weight: float) -> SftRow:
         weights[end - 1 - len(response) : end - 1] = weight
     # The last place of a sequence has no target and no weight.
     packed = row(policy, tokens, np.roll(tokens, -1), lengths, is_wanted=weights > 0)
-    return SftRow(packed, torch.from_numpy(weights).to(policy.processes.device))
+    here = policy.processes
+    if here.layout.context > 1:
+        weights = shares_of(policy, lengths)[here.context_rank].take(weights)
+    return SftRow(packed, torch.from_numpy(weights).to(here.device))
 
 
 def _build(config: RunConfig, section: SftSection, here: Processes) -> tuple[Policy, Optimizer]:

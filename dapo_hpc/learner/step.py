@@ -22,6 +22,7 @@ from dapo_hpc.learner.report import (
 )
 from dapo_hpc.learner.schedule import learning_rate
 from dapo_hpc.learner.session import Session
+from dapo_hpc.observe.final import Final
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +31,9 @@ IMPORTANCE_METRICS = ("mismatch/ess_frac", "mismatch/capped_frac")
 """Figures of the importance weights, which stale tokens have as well."""
 
 
-class MismatchTooLarge(RuntimeError):
-    """Engine and learner no longer hold the same policy; training on would be noise."""
+class MismatchTooLarge(Final):
+    """Engine and learner no longer hold the same policy; training on would be noise. A learner that
+    is started again gets the same batch."""
 
 
 def rollout_step(session: Session, step: int) -> dict[str, float]:

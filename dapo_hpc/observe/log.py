@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from dapo_hpc.observe.final import FINAL_EXIT, Final
+
 FORMAT = "%(asctime)s %(levelname)s {role}: %(message)s"
 ATTEMPT = "==="
 TAIL_BYTES = 16_384
@@ -27,7 +29,7 @@ def setup(role: str, *, level: int = logging.INFO) -> None:
 
 
 def exit_with_cause(error: BaseException) -> NoReturn:
-    """Log the traceback, then one line with the cause, and end the process with exit code 1.
+    """Log the traceback, then one line with the cause, and end the process: FINAL_EXIT or 1.
 
     The process ends at once: what libraries print while they are torn down would otherwise
     follow the cause.
@@ -37,13 +39,13 @@ def exit_with_cause(error: BaseException) -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(FINAL_EXIT if isinstance(error, Final) else 1)
 
 
 def cause_of(error: BaseException) -> str:
-    """One line: the type unless it is a sentence of our own (ValueError), and the message."""
+    """One line: the type unless the message is a sentence of our own (ValueError, Final)."""
     message = " ".join(str(error).split())
-    if isinstance(error, ValueError) and message:
+    if isinstance(error, ValueError | Final) and message:
         return message
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 

@@ -88,6 +88,11 @@ def _evaluations(run: RunDir) -> Iterator[str]:
 
 
 def _buffer(run: RunDir) -> Iterator[str]:
+    if run.disk_full.exists():
+        yield (
+            f"the disk of {run.buffer} is full, for {_age_text(run.disk_full)}: the buffer "
+            "acknowledges nothing. Free space; it goes on by itself."
+        )
     if not run.status.exists():
         return
     snapshot: dict[str, Any] = json.loads(run.status.read_text())

@@ -1,6 +1,7 @@
 """The plan of a run, from its config and the model's config.json alone: `dapo check`.
 
     architecture   sizes of the model
+    layout         what the learner cannot split so
     parameters     elements on a rank
     activations    what autograd keeps of a forward pass
     passing        what is there for a moment
@@ -14,7 +15,9 @@ Nothing here imports torch, so that a login node answers at once. The tests hold
 tensors of real forward and backward passes.
 """
 
+from dapo_hpc.plan.layout import layout_problems
 from dapo_hpc.plan.plan import Plan, make_plan
+from dapo_hpc.plan.step import sft_phase
 from dapo_hpc.plan.table import as_json, print_plan
 
-__all__ = ["Plan", "as_json", "make_plan", "print_plan"]
+__all__ = ["Plan", "as_json", "layout_problems", "make_plan", "print_plan", "sft_phase"]

@@ -110,8 +110,12 @@ def _attention_tensors(passes: Passes, recompute: Recompute) -> dict[str, int]:
         # Core attention keeps its inputs; with norms on q and k these are new tensors.
         inputs = query + key if size.has_qk_norm else copied_query
         return {**kept, "core attention inputs": inputs}
-    rotated = {"rotated q": query, "rotated k": key, "log-sum-exp": rows * heads * FLOAT32}
-    return {**kept, **rotated}
+    rotated = {"rotated q": query, "log-sum-exp": rows * heads * FLOAT32}
+    share = passes.learner.context_parallel
+    if share == 1:
+        return {**kept, **rotated, "rotated k": key}
+    # Each chunk's keys and values, of all ranks: see dapo_hpc/learner/context.py.
+    return {**kept, **rotated, "gathered k, v": 2 * key * (2 * share + 1) // 2}
 
 
 def _residual_norm_bytes(passes: Passes) -> int:

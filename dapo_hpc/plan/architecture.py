@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from dapo_hpc.config import LearnerSection, RunConfig
+from dapo_hpc.config import RunConfig
 from dapo_hpc.weights import families
 from dapo_hpc.weights.families import FAMILIES, Family
 
@@ -93,33 +93,6 @@ def find(config: RunConfig, beside: Path) -> Architecture | None:
         if (place / "config.json").exists():
             return Architecture.read(place)
     return None
-
-
-def layout_problems(architecture: Architecture, learner: LearnerSection) -> list[str]:
-    """What keeps the learner from splitting this model over its ranks as configured."""
-    found = []
-    split = {
-        "num_attention_heads": architecture.heads,
-        "num_key_value_heads": architecture.kv_heads,
-        "intermediate_size": architecture.ffn,
-    }
-    for name, size in split.items():
-        if size % learner.tensor_parallel:
-            found.append(
-                f"learner.tensor_parallel = {learner.tensor_parallel} does not divide {name} = "
-                f"{size} of {architecture.name}. Set it to a divisor."
-            )
-    if architecture.num_layers % learner.pipeline_parallel:
-        found.append(
-            f"learner.pipeline_parallel = {learner.pipeline_parallel} does not divide the "
-            f"{architecture.num_layers} layers of {architecture.name}. Set it to a divisor."
-        )
-    if learner.expert_parallel > 1:
-        found.append(
-            f"learner.expert_parallel = {learner.expert_parallel}, but {architecture.name} has no "
-            "experts. Set it to 1."
-        )
-    return found
 
 
 def _size(table: dict[str, Any], name: str, file: Path) -> int:

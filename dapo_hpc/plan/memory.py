@@ -151,7 +151,8 @@ def _optimizer_share(config: RunConfig, parameters: Parameters) -> int:
 
 def _train_batch_bytes(config: RunConfig, stage: Stage) -> int:
     scores = SCORE_BYTES * (1 + bool(config.loss.kl_coef)) * stage.is_last
-    return count_step(config).max_rank_tokens * (TOKEN_BYTES + ROW_TOKEN_BYTES + scores)
+    tokens = -(-count_step(config).max_rank_tokens // config.learner.context_parallel)
+    return tokens * (TOKEN_BYTES + ROW_TOKEN_BYTES + scores)
 
 
 def _allowance(device: Device, changing: int) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
-from dapo_hpc.config import Frozen, LearnerSection, RunConfig
-from dapo_hpc.plan.architecture import Architecture, find, layout_problems
+from dapo_hpc.config import RunConfig
+from dapo_hpc.plan.architecture import Architecture, find
 from dapo_hpc.plan.disk import DiskUse, disk_use
 from dapo_hpc.plan.engine import EngineMemory, can_split, engine_memory, engine_problems
+from dapo_hpc.plan.layout import layout_problems
 from dapo_hpc.plan.memory import (
     GIB,
     RankMemory,
@@ -33,9 +33,15 @@ class Plan:
     """By pipeline stage."""
     engine: EngineMemory | None
     disk: DiskUse | None
-    problems: list[str]
+    learner_problems: list[str]
     """Sentences; a run with any of them would not start, or would die."""
+    engine_problems: list[str]
+    """The same, of the actors."""
     notes: list[str]
+
+    @property
+    def problems(self) -> list[str]:
+        return [*self.learner_problems, *self.engine_problems]
 
     @property
     def learner_processes(self) -> int:
@@ -54,24 +60,21 @@ class Plan:
 def make_plan(config: RunConfig, beside: Path) -> Plan:
     """The plan of a config whose TOML file lies in `beside`. Never raises for what does not fit:
     that is in `problems`."""
-    problems, notes = _transformer_engine_problems(config.learner), _notes(config)
+    notes, unreadable = _notes(config), []
     architecture = None
     try:
         architecture = find(config, beside)
         notes += [] if architecture else [_absent(config)]
     except ValueError as problem:
-        problems.append(str(problem))
+        unreadable = [str(problem)]
+    problems = unreadable + layout_problems(architecture, config.learner)
     learner = engine = disk = None
+    engine_side: list[str] = []
     if architecture is not None:
-        frozen = Frozen.of(config.learner.freeze)
-        problems += layout_problems(architecture, config.learner)
-        problems += frozen.problems(
-            num_layers=architecture.num_layers, is_tied=architecture.is_tied
-        )
         if not problems:
             learner = learner_memory(architecture, config)
             problems += _learner_problems(architecture, config, learner)
-        problems += engine_problems(architecture, config)
+        engine_side = engine_problems(architecture, config)
         if can_split(architecture, config.rollout.tensor_parallel):
             engine = engine_memory(architecture, config)
         disk = disk_use(architecture, config)
@@ -82,7 +85,8 @@ def make_plan(config: RunConfig, beside: Path) -> Plan:
         learner=learner,
         engine=engine,
         disk=disk,
-        problems=problems,
+        learner_problems=problems,
+        engine_problems=engine_side,
         notes=notes,
     )
 
@@ -114,21 +118,6 @@ def _learner_problems(
         f"a learner GPU needs {peak(stages) / GIB:.1f} GiB and has "
         f"hardware.gpu_memory_gib = {limit_gib:g} (pipeline stage {stages.index(worst) + 1} of "
         f"{len(stages)}: {shares}). {change}"
-    ]
-
-
-def _transformer_engine_problems(learner: LearnerSection) -> list[str]:
-    if find_spec("transformer_engine") is not None:
-        return []
-    asked = {
-        "context_parallel": learner.context_parallel,
-        "expert_parallel": learner.expert_parallel,
-    }
-    return [
-        f"learner.{name} = {size} needs TransformerEngine, which is not installed here. Set it to "
-        "1, or install TransformerEngine where the learner runs and check there."
-        for name, size in asked.items()
-        if size > 1
     ]
 
 

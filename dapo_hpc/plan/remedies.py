@@ -9,7 +9,8 @@ from itertools import count
 from typing import Any
 
 from dapo_hpc.config import LearnerSection, RunConfig
-from dapo_hpc.plan.architecture import Architecture, layout_problems
+from dapo_hpc.plan.architecture import Architecture
+from dapo_hpc.plan.layout import layout_problems
 from dapo_hpc.plan.memory import GIB, RankMemory, learner_memory
 
 SHARD_OPTIMIZER = 1

@@ -46,6 +46,30 @@ def count_step(config: RunConfig) -> StepCounts:
     )
 
 
+def sft_phase(config: RunConfig) -> RunConfig:
+    """A config whose rollout step is one optimizer step of `dapo sft`; it needs an [sft] section.
+
+    As many sequences as a batch has pairs. How long these are is known when they are tokenized:
+    here each has learner.micro_batch_tokens, the most that one forward pass takes of shorter ones.
+    """
+    assert config.sft is not None, "only a config with an [sft] section has such a phase"
+    changes: dict[str, dict[str, object]] = {
+        "model": {"path": config.sft.init},
+        "prompts": {"max_tokens": 0},
+        "rollout": {
+            "prompts_per_step": config.sft.batch_size,
+            "group_size": 1,
+            "max_response_tokens": config.learner.micro_batch_tokens,
+        },
+        "learner": {"mini_batches": 1},
+        "loss": {"kl_coef": 0.0},
+    }
+    sections = {
+        name: getattr(config, name).model_copy(update=values) for name, values in changes.items()
+    }
+    return config.model_copy(update=sections)
+
+
 def _micro_batches(sequences: int, tokens: int, budget: int) -> int:
     """Sequences of one length together while they fit the budget, at least one."""
     return -(-sequences // max(1, budget // tokens))

@@ -13,7 +13,7 @@ def main(run: RunDir, config: RunConfig, rank: int, world: int) -> int:
     At SIGTERM it leaves at once: the next start resumes from the newest checkpoint and is given
     the same batches again.
     """
-    startup.leave_when_asked()
+    startup.leave_at_once_when_asked()
     startup.silence_megatron()
     with startup.quick_start():
         from dapo_hpc.buffer.client import BufferClient
@@ -22,7 +22,7 @@ def main(run: RunDir, config: RunConfig, rank: int, world: int) -> int:
         from dapo_hpc.learner.train import train
 
     section = config.learner
-    layout = Layout(section.tensor_parallel, section.pipeline_parallel, section.data_parallel)
+    layout = Layout.of(section)
     layout.require_world(world)
     here = connect(layout, rank, run.root / "learner.json", threads=section.threads)
     buffer = BufferClient(run, request_timeout_s=config.buffer.request_timeout_s)

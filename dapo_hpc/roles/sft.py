@@ -12,14 +12,14 @@ def main(run: RunDir, config: RunConfig, rank: int, world: int) -> int:
 
     At SIGTERM it leaves at once; the next start resumes from the newest checkpoint.
     """
-    startup.leave_when_asked()
+    startup.leave_at_once_when_asked()
     startup.silence_megatron()
     with startup.quick_start():
         from dapo_hpc.learner.parallel import Layout, connect
         from dapo_hpc.learner.sft import fine_tune
 
     section = config.learner
-    layout = Layout(section.tensor_parallel, section.pipeline_parallel, section.data_parallel)
+    layout = Layout.of(section)
     layout.require_world(world)
     here = connect(layout, rank, run.root / "sft.json", threads=section.threads)
     fine_tune(run, config, here)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
 import warnings
@@ -46,6 +47,14 @@ def leave_when_asked() -> None:
     processes at once, and the launcher then asks them in order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+
+def leave_at_once_when_asked() -> None:
+    """`leave_when_asked` of a process that has nothing to put away: whatever it is writing is given
+    up. Python's own way out would wait for the threads that write, and torch crashes when it is
+    torn down beside them."""
+    leave_when_asked()
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def silence_megatron() -> None:

@@ -299,6 +299,10 @@ def prepare_environment(config: RunConfig, *, is_cpu: bool) -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
+        # An engine lies on one node: whatever vLLM and gloo listen on, no other machine reaches it.
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_LOOPBACK_IP": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
     }
     if is_cpu:
         settings |= {

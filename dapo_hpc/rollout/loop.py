@@ -302,7 +302,9 @@ class ActorLoop:
         leases = self._table.progress(self._engine.partial, lease_ids)
         if not with_tokens:
             leases = [replace(lease, new_tokens=[], offsets=[]) for lease in leases]
-        request = ReleaseRequest(actor=self._name, leases=leases, is_failure=is_failure)
+        request = ReleaseRequest(
+            actor=self._name, leases=leases, is_failure=is_failure, stats=self._stats()
+        )
         dropped = self._table.drop(lease_ids)
         if leases:
             try:

@@ -11,7 +11,7 @@ Legend: tp tensor-parallel ranks, g key-value heads, h query heads, d head size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,11 @@ from dapo_hpc.weights.families import (
 )
 
 LAYERS = "decoder.layers."
+FUSED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+"""What TransformerEngine's layers call their norms, which lie in the matrix product behind them."""
 Index = tuple[slice, ...]
 """A part of a tensor: one slice for each dimension."""
 
@@ -111,13 +116,13 @@ def entry(shape: ModelShape, megatron_name: str, *, first_layer: int = 0) -> Ent
 
     Args:
         shape: of the model.
-        megatron_name: as in GPTModel.named_parameters().
+        megatron_name: as in GPTModel.named_parameters(), of plain or fused layers.
         first_layer: global number (from 0) of this pipeline stage's layer 0.
 
     Raises:
         ValueError: a parameter that the family does not have.
     """
-    tables = shape.tables
+    tables, megatron_name = shape.tables, plain_name(megatron_name)
     if megatron_name in tables.top:
         # The last pipeline stage of a tied model holds a copy of the embedding as its output layer.
         is_copy = shape.is_tied and megatron_name == OUTPUT
@@ -130,6 +135,22 @@ def entry(shape: ModelShape, megatron_name: str, *, first_layer: int = 0) -> Ent
         )
     prefix = f"{tables.layer_prefix}{int(number) + first_layer}."
     return _entry(shape, tables.layer[rest], prefix)
+
+
+def fused_name(megatron_name: str) -> str:
+    """A parameter's name in fused layers, from that in plain ones."""
+    return _renamed(megatron_name, FUSED_NORMS)
+
+
+def plain_name(megatron_name: str) -> str:
+    """The inverse of `fused_name`; plain names stay."""
+    return _renamed(megatron_name, {fused: plain for plain, fused in FUSED_NORMS.items()})
+
+
+def _renamed(megatron_name: str, table: Mapping[str, str]) -> str:
+    number, _, rest = megatron_name.removeprefix(LAYERS).partition(".")
+    is_renamed = megatron_name.startswith(LAYERS) and rest in table
+    return f"{LAYERS}{number}.{table[rest]}" if is_renamed else megatron_name
 
 
 def _entry(shape: ModelShape, parameter: Parameter, prefix: str) -> Entry:

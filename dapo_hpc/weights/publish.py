@@ -99,13 +99,15 @@ def _write_model(
     entries: dict[str, TensorEntry] = {}
     shards: list[list[str]] = []
     dtypes: set[torch.dtype] = set()
+    num_bytes = 0
     for shard in _shards(tensors, shard_bytes):
         path = directory / f"shard-{len(shards)}"
         save_file(shard, path, metadata={"format": "pt"})
         shards.append(list(shard))
         entries |= {name: _entry(tensor) for name, tensor in shard.items()}
         dtypes |= {tensor.dtype for tensor in shard.values()}
-    entries = _name_shards(directory, shards, entries)
+        num_bytes += sum(tensor.nbytes for tensor in shard.values())
+    entries = _name_shards(directory, shards, entries, num_bytes)
     copy_companions(source_dir, directory, dtypes)
     sync_files(directory)
     return entries
@@ -135,9 +137,12 @@ def _entry(tensor: Tensor) -> TensorEntry:
 
 
 def _name_shards(
-    directory: Path, shards: list[list[str]], entries: dict[str, TensorEntry]
+    directory: Path, shards: list[list[str]], entries: dict[str, TensorEntry], num_bytes: int
 ) -> dict[str, TensorEntry]:
-    """Give the files their final names, which hold their number, and write the index."""
+    """Give the files their final names, which hold their number, and write the index.
+
+    num_bytes: of all tensors, without the headers of the files; transformers counts so.
+    """
     count = len(shards)
     files = shard_names(count)
     located: dict[str, TensorEntry] = {}
@@ -149,7 +154,6 @@ def _name_shards(
                 file=file, dtype=entry.dtype, shape=entry.shape, sha256=entry.sha256
             )
     if count > 1:
-        size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
         index = {name: entry.file for name, entry in located.items()}
-        write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": index})
+        write_json(directory / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": index})
     return located

@@ -128,7 +128,7 @@ class WholeRun:
         """Every response leased and every group dispatched is somewhere, by the last snapshot."""
         status = json.loads(self.run.status.read_text())
         count = Counter(status["counters"])
-        ends = ("accepted", "expired", "released", "failed", "aborted")
+        ends = ("accepted", "expired", "released", "failed", "crashed", "aborted")
         ended = sum(count[f"responses_{end}"] for end in ends)
         assert count["responses_leased"] == ended + status["leases"]["responses_in_flight"]
         groups = sum(number for name, number in count.items() if name.startswith("train_"))

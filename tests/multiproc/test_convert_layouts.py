@@ -17,16 +17,15 @@ pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
 import torch
 import torch.multiprocessing as mp
-from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from dapo_hpc.learner import convert, cpu
+from dapo_hpc.learner import convert
 from dapo_hpc.learner.checkpoint import Checkpoints, Progress
-from dapo_hpc.learner.checkpoint_state import sharded_state
 from dapo_hpc.learner.convert import export_checkpoint, import_model
 from dapo_hpc.learner.model import Policy
 from dapo_hpc.learner.parallel import Layout, Processes, connect, disconnect
+from dapo_hpc.learner.start import load_imported
 from dapo_hpc.weights.source import SafetensorsSource
 from tests.learner_parts import make_model
 from tests.unit.learner.test_checkpoint import build, disturb
@@ -76,15 +75,11 @@ def write_as_learner(case: Case, here: Processes, root: Path) -> None:
 
 
 def read_import(case: Case, here: Processes, root: Path, ending: str) -> None:
-    """Megatron loads the import; the result is what the Hugging Face files hold."""
+    """A start from the import; the result is what the Hugging Face files hold."""
     policy = Policy(root / case.model, here, dtype=torch.float32, temperature=1.0)
-    for parameter in policy.module.parameters():
-        torch.nn.init.zeros_(parameter)  # as padding is
     unneeded: list[int] = []
-    with cpu.cuda_calls_on_cpu(), counting(unneeded):
-        path = str(root / f"{case.model}-imported{ending}")
-        state = dist_checkpointing.load({"model": sharded_state(policy.module)}, path)
-        policy.module.load_state_dict(state["model"])
+    with counting(unneeded):
+        load_imported(policy, root / f"{case.model}-imported{ending}")
     found = [p.detach().clone() for p in policy.module.parameters()]
     policy.load(SafetensorsSource(root / case.model))
     is_equal = all(

@@ -75,7 +75,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        sizes = f"{self.layout.tensor}{self.layout.pipeline}{self.layout.data}"
+        layout = self.layout
+        sizes = f"{layout.tensor}{layout.pipeline}{layout.data}{layout.context}"
         words = [self.model, self.recipe.normalization, str(self.recipe.num_updates), sizes]
         words += ["sequence"] * self.sequence_parallel + [str(self.tokens), self.mistake]
         return "-".join(filter(None, words))
@@ -86,12 +87,13 @@ LAYOUTS = (
     ("tied", Layout(pipeline=2), False),  # the embedding on both stages
     ("biased", Layout(data=2), False),
     ("biased", Layout(tensor=2), True),
+    ("tied", Layout(context=2), False),
 )
 ONE = [Case(model, THREE, tokens=tokens) for model in MODELS for tokens in (MANY, FEW)]
 ONE += [Case("tied", recipe) for recipe in SIXTEEN]
 ONE += [Case("biased", recipe) for recipe in SIXTEEN[2:]]  # beside those of TWO
 TWO = [Case(m, THREE, layout, sp, n) for m, layout, sp in LAYOUTS for n in (MANY, FEW)]
-TWO += [Case(m, r, layout, sp) for (m, layout, sp), r in zip(LAYOUTS, SIXTEEN, strict=True)]
+TWO += [Case(m, r, layout, sp) for (m, layout, sp), r in zip(LAYOUTS, SIXTEEN * 2, strict=False)]
 MISTAKES = [
     Case("tied", THREE, Layout(tensor=2), mistake="doubled"),
     Case("biased", THREE, mistake="decayed"),
@@ -107,6 +109,9 @@ FOUR_LAYOUTS = (
     ("biased", Layout(tensor=2, data=2), False),
     ("tied", Layout(tensor=2, data=2), True),
     ("biased", Layout(pipeline=2, data=2), False),
+    ("biased", Layout(tensor=2, context=2), True),
+    ("tied", Layout(pipeline=2, context=2), False),
+    ("biased", Layout(data=2, context=2), False),
 )
 FOUR = [Case(m, THREE, layout, sp, n) for m, layout, sp in FOUR_LAYOUTS for n in (MANY, FEW)]
 FOUR += [Case(m, recipe, layout, sp) for m, layout, sp in FOUR_LAYOUTS for recipe in SIXTEEN]
@@ -170,6 +175,7 @@ def config_of(case: Case, root: Path) -> RunConfig:
             "tensor_parallel": layout.tensor,
             "pipeline_parallel": layout.pipeline,
             "data_parallel": layout.data,
+            "context_parallel": layout.context,
             "sequence_parallel": case.sequence_parallel,
             "checkpoint_every": 100,
         },

@@ -106,7 +106,7 @@ def test_sft_wants_its_section(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_role_that_fails_says_why_in_its_last_line(tmp_path: Path) -> None:
     done = dapo("role", "prompts", "--run", str(tmp_path))
-    assert done.returncode == 1
+    assert done.returncode == 3, "to start it again would not help"
     assert "there is no such file" in done.stderr.splitlines()[-1]
 
 

@@ -28,7 +28,8 @@ FORBIDDEN = {
 ONLY_CLI_IMPORTS = ("dapo_hpc.roles", "dapo_hpc.launch")
 NOT_HEAVY = ("torch", "vllm", "megatron", "transformers", "triton")
 LIGHT = ("dapo_hpc.records", "dapo_hpc.config", "dapo_hpc.run_dir", "dapo_hpc.observe")
-LIGHT += ("dapo_hpc.buffer", "dapo_hpc.launch", "dapo_hpc.cli", "dapo_hpc.prompts.order")
+LIGHT += ("dapo_hpc.plan", "dapo_hpc.buffer", "dapo_hpc.launch", "dapo_hpc.cli")
+LIGHT += ("dapo_hpc.prompts.order",)
 
 
 def sources() -> dict[str, Path]:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("setup", "demo", "test", "test-full", "check", "fmt", "golden", "bench", "bench-peer")
-TARGETS += ("bench-kernels", "bench-learner", "clean", "help")
+TARGETS += ("bench-kernels", "bench-learner", "bench-dispatch", "chaos", "clean", "help")
 
 
 def locked() -> dict[str, str]:

@@ -57,3 +57,26 @@ def run(code: str) -> None:
     """In a process of its own: what is frozen or hidden stays so."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+LEAVES = """
+import os, signal, threading, time
+from dapo_hpc.roles import startup
+
+startup.{function}()
+held = threading.Event()
+threading.Thread(target=held.wait, args=({held_s},)).start()
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "held_s"),
+    [
+        ("leave_at_once_when_asked", 3600),  # a thread that writes is not waited for
+        ("leave_when_asked", 0.1),
+    ],
+)
+def test_a_role_that_is_asked_to_stop_exits_0(function: str, held_s: float) -> None:
+    run(LEAVES.format(function=function, held_s=held_s))

@@ -46,6 +46,7 @@ class BufferMachine(RuleBasedStateMachine):
         num_prompts=st.sampled_from([3, 5, 30]),
         is_evaluated=st.booleans(),
         total_steps=st.sampled_from([4, 1000, 1000]),
+        closing=st.sampled_from(["dispatch_order", "dispatch_order", "first_finished"]),
     )
     def begin(
         self,
@@ -55,6 +56,7 @@ class BufferMachine(RuleBasedStateMachine):
         num_prompts: int,
         is_evaluated: bool,
         total_steps: int,
+        closing: str,
     ) -> None:
         self.world = World(
             make_prompts(num_prompts),
@@ -62,6 +64,7 @@ class BufferMachine(RuleBasedStateMachine):
             on_exhausted=on_exhausted,
             dynamic_sampling=is_filtered,
             total_steps=total_steps,
+            closing=closing,
         )
         self.leases: list[tuple[str, Lease, PolicyVersion]] = []
         self.holder: dict[int, int] = {}
@@ -72,6 +75,10 @@ class BufferMachine(RuleBasedStateMachine):
         """(lease, group, index) -> acknowledged tokens of an unfinished response."""
         self.batches: dict[int, list[int]] = {}
         self.surplus: set[int] = set()
+        self.cut: list[int] = []
+        """Groups given up as surplus before the batch being filled has closed."""
+        self.closed = 1
+        """The batch being filled when that was noted."""
         self.trained = 0
         self.held: dict[str, PolicyVersion | None] = dict.fromkeys(ACTORS)
         self.version = self.world.start(is_evaluated=is_evaluated)
@@ -211,9 +218,10 @@ class BufferMachine(RuleBasedStateMachine):
     @rule()
     def crash(self) -> None:
         """The disk alone gives back the state, byte for byte."""
-        before = self.world.core.book.snapshot()
+        before, num_new = self.world.core.book.snapshot(), self.world.core.desk.num_new()
         self.world.crash()
         assert self.world.core.book.snapshot() == before
+        assert self.world.core.desk.num_new() == num_new
 
     @rule()
     def crash_from_snapshot(self) -> None:
@@ -260,7 +268,8 @@ class BufferMachine(RuleBasedStateMachine):
                 assert len(outcomes) == 2 or not limits.dynamic_sampling
                 oldest = min(version.step for _, _, version in noted)
                 assert oldest >= step - 1 - limits.max_staleness
-        self._assert_nobody_was_overtaken(max(taken, default=0))
+        if limits.closing == "dispatch_order":
+            self._assert_nobody_was_overtaken(max(taken, default=0))
 
     def _assert_nobody_was_overtaken(self, last: int) -> None:
         """What is still to be trained, or was just given up as surplus, lies behind the cut."""
@@ -268,7 +277,32 @@ class BufferMachine(RuleBasedStateMachine):
         surplus = {k for k, group in groups.items() if group.state == "surplus"}
         for group_id in {*self.world.core.book.live, *(surplus - self.surplus)}:
             assert group_id > last, f"group {group_id} was overtaken by {last}"
+        self._assert_nothing_needed_was_cut(sorted(surplus - self.surplus), last)
         self.surplus |= surplus
+
+    def _assert_nothing_needed_was_cut(self, surplus: list[int], last: int) -> None:
+        """What is given up before the batch closes lies behind the batch that then closes, unless a
+        group that counted was parked or quarantined in between."""
+        state = self.world.core.book.state
+        counted = state.counters.get("train_parked", 0), state.counters.get("train_quarantined", 0)
+        if counted != getattr(self, "counted", counted):
+            self.cut = []
+        self.counted = counted
+        if state.current_step != self.closed:
+            assert min(self.cut, default=last + 1) > last, f"{self.cut} were cut before {last}"
+            self.closed, self.cut = state.current_step, []
+        else:
+            self.cut += surplus
+
+    @invariant()
+    def the_indices_are_a_recount(self) -> None:
+        """What the forecast and the early cut go by, counted anew from the groups."""
+        if not hasattr(self, "world"):
+            return
+        kept, counted = self.world.core.book, book.Book(self.world.core.book.state)
+        assert kept.certain == counted.certain
+        assert kept.tally.mixed == counted.tally.mixed
+        assert +kept.tally.alike == +counted.tally.alike
 
     @invariant()
     def memory_is_bounded(self) -> None:
@@ -291,7 +325,7 @@ def _accept_any_lease(_: desk.Desk, __: LeaseRecord, group: Group) -> bool:
     return group.state == "open"
 
 
-def _first_to_finish(live: Iterable[Group], num_groups: int) -> list[Group] | None:
+def _first_to_finish(live: Iterable[Group], num_groups: int, _: Any) -> list[Group] | None:
     ready = [group for group in live if group.state == "ready"][:num_groups]
     return ready if len(ready) == num_groups else None
 
@@ -308,6 +342,14 @@ def _count_without_event(self: desk.Desk, lease: LeaseRecord, cause: Any) -> Non
     self.forget_deadline(lease)
 
 
+def _one_too_early(self: book.Book, group: Group) -> None:
+    """Counts on every group that is not uniform so far, also on those of one outcome."""
+    if group.kind == "train" and group.state in ("open", "ready") and group.responses:
+        self.certain = sorted({*self.certain, group.group_id})
+    elif group.group_id in self.certain:
+        self.certain.remove(group.group_id)
+
+
 def _never_too_old(_: Any, __: int) -> int:
     return -1
 
@@ -317,6 +359,7 @@ PLANTED: dict[str, tuple[object, str, Callable[..., Any]]] = {
     "a batch is the first groups to finish": (selection, "closable_batch", _first_to_finish),
     "a dropped group's prompt is forgotten": (desk.Desk, "drop_group", _forget_the_prompt),
     "a change that is not in the ledger": (desk.Desk, "end_lease", _count_without_event),
+    "a group counts as informative too early": (book.Book, "_note_certain", _one_too_early),
     "staleness is not checked": (selection, "oldest_step", _never_too_old),
 }
 

@@ -107,12 +107,12 @@ def test_death_is_restarted_and_its_cause_is_told(tmp_path: Path) -> None:
         if not marker.exists():
             marker.touch()
             print("12:00:00 CRITICAL learner-0: weights v41 are torn.")
-            sys.exit(3)
+            sys.exit(4)
     """
     outcome, view = run([command(tmp_path, "learner", script)])
     assert outcome == COMPLETE
     assert view.said == [
-        "learner ended (exit 3): weights v41 are torn.\n  restart 1 of 2 in 1 s",
+        "learner ended (exit 4): weights v41 are torn.\n  restart 1 of 2 in 1 s",
     ]
     assert "attempt 2" in (tmp_path / "learner.log").read_text()
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dapo_hpc.config import RunConfig, load, parse
-from dapo_hpc.launch import prepare
+from dapo_hpc.launch import local, prepare
+from dapo_hpc.plan.remedies import num_gpus
 from dapo_hpc.run_dir import RunDir
 
 
@@ -74,10 +75,22 @@ def test_every_missing_file_is_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     table = config(tmp_path).model_dump()
     table["model"]["path"] = str(tmp_path / "there")
-    with pytest.raises(prepare.MissingInput) as caught:
-        prepare.require_files(
-            RunConfig.model_validate(table), ("model.path", "prompts.train", "prompts.eval")
-        )
-    assert "prompts.train = 'a.parquet'" in str(caught.value)
-    assert "prompts.eval = 'b.parquet'" in str(caught.value)
-    assert "model.path" not in str(caught.value)
+    files = ("model.path", "prompts.train", "prompts.eval")
+    assert prepare.missing_files(RunConfig.model_validate(table), files) == [
+        "prompts.train = 'a.parquet': there is no such file or directory.",
+        "prompts.eval = 'b.parquet': there is no such file or directory.",
+    ]
+
+
+def test_as_many_learners_are_started_as_the_layout_has_ranks(tmp_path: Path) -> None:
+    parallel = pytest.importorskip("dapo_hpc.learner.parallel", reason="torch is not installed")
+    sizes = {"tensor": 2, "pipeline": 3, "data": 5, "context": 7}
+    found = config(tmp_path)
+    learner = found.learner.model_copy(update={f"{n}_parallel": s for n, s in sizes.items()})
+    found = found.model_copy(update={"learner": learner})
+    commands = local.rank_commands(RunDir(tmp_path), found, "learner")
+    assert len({command.name for command in commands}) == len(commands) == 2 * 3 * 5 * 7
+    assert all(command.words[-1] == "210" for command in commands)
+    layout = parallel.Layout.of(learner)
+    assert layout == parallel.Layout(**sizes)
+    assert layout.world == num_gpus(learner) == 210

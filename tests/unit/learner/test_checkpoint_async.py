@@ -42,11 +42,13 @@ import os, sys, threading
 from pathlib import Path
 from dapo_hpc.learner.parallel import Layout, connect
 from dapo_hpc.learner.checkpoint import Checkpoints, Progress
+from dapo_hpc.roles.startup import leave_at_once_when_asked
 from tests.unit.learner.test_checkpoint import build, disturb
 
+leave_at_once_when_asked()
 here = connect(Layout(), 0, None)
 trained = build(Path(sys.argv[1]), here)
-checkpoints = Checkpoints(Path(sys.argv[2]), here, keep=2, is_async=True)
+checkpoints = Checkpoints(Path(sys.argv[2]), here, keep=2, is_async=sys.argv[3] == "async")
 checkpoints.save(*trained, Progress(step=1))
 checkpoints.wait()
 disturb(*trained, 1)
@@ -155,31 +157,56 @@ def test_a_full_disk_is_an_error_that_names_the_checkpoint(
     assert resumed.load_newest(*trained) == Progress(step=1)
 
 
-def test_a_kill_beside_a_write_leaves_the_one_before_and_no_process(
-    here: Processes, tmp_path: Path
-) -> None:
-    make_model(tmp_path / "model")
-    directory = tmp_path / "checkpoints"
-    process = subprocess.Popen(
-        [sys.executable, "-c", STUCK, str(tmp_path / "model"), str(directory)],
+@contextmanager
+def process(script: str, *words: object) -> Iterator[subprocess.Popen[str]]:
+    """A learner that has told that it writes checkpoint 2."""
+    started = subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, words)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         start_new_session=True,
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "writes\n"
-    unfinished = list(directory.glob(".tmp-step_000002-*"))
-    assert unfinished
-    assert children(process.pid) == [], "nobody who would write on"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    trained = build(tmp_path / "model", here)
+    assert started.stdout is not None
+    try:
+        assert started.stdout.readline() == "writes\n"
+        yield started
+    finally:
+        started.kill()
+        started.communicate()
+
+
+def require_resumed(model: Path, directory: Path, here: Processes) -> None:
+    """A learner that starts now finds checkpoint 1, of the weights before any update."""
+    trained = build(model, here)
     start = contents(*trained)
     checkpoints = Checkpoints(directory, here, keep=2)
+    assert (directory / LATEST).read_text() == "step_000001\n"
     assert checkpoints.load_newest(*trained) == Progress(step=1)
     assert same(start, contents(*trained))
-    assert not unfinished[0].exists()
+    assert list(directory.glob(".tmp-*")) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "number", "code"),
+    [
+        ("async", signal.SIGKILL, -signal.SIGKILL),
+        ("async", signal.SIGTERM, 0),  # well within launch.stop_s, whatever the disk does
+        pytest.param("sync", signal.SIGTERM, 0, marks=pytest.mark.full),
+    ],
+)
+def test_a_learner_that_is_stopped_beside_a_write_leaves_the_checkpoint_before_and_no_process(
+    mode: str, number: signal.Signals, code: int, here: Processes, tmp_path: Path
+) -> None:
+    """The disk does not answer."""
+    model, directory = tmp_path / "model", tmp_path / "checkpoints"
+    make_model(model)
+    with process(STUCK, model, directory, mode) as stuck:
+        assert list(directory.glob(".tmp-step_000002-*"))
+        assert children(stuck.pid) == [], "nobody who would write on"
+        stuck.send_signal(number)
+        assert stuck.wait(LIMIT_S) == code
+    require_resumed(model, directory, here)
 
 
 def children(pid: int) -> list[int]:

@@ -69,5 +69,5 @@ def test_messages_of_rank_0_arrive_in_order_and_old_ones_go(
 
 def test_a_wrong_number_of_processes_is_told(here: Processes) -> None:
     del here
-    with pytest.raises(ValueError, match=r"3 learner processes .* 2 \* 1 \* 2 = 4"):
+    with pytest.raises(ValueError, match=r"3 learner processes .* 2 \* 1 \* 2 \* 1 = 4"):
         Layout(tensor=2, data=2).require_world(3)

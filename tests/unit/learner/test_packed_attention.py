@@ -33,10 +33,6 @@ def test_runs_cover_every_sequence_once_with_little_padding(lengths: list[int]) 
         assert padded <= max(MAX_PADDED_SHARE * sum(inside), MIN_RUN_TOKENS) or len(inside) == 1
 
 
-class _Config:
-    context_parallel_size = 1
-
-
 @pytest.mark.parametrize(
     "lengths",
     [
@@ -55,7 +51,7 @@ def test_attention_equals_a_dense_mask(lengths: list[int]) -> None:
     )
     frequencies = 1.0 / 100.0 ** (torch.arange(0, size, 2) / size)
     packed = describe(np.array(lengths), CPU).with_angles(RotaryTable(frequencies, 1.0, CPU))
-    attention = PackedAttention(_Config())
+    attention = PackedAttention()
     found = attention(query, key, value, packed_seq_params=packed)
     expected = dense(query, key, value, lengths, frequencies)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
-from dapo_hpc.config import OptimizerSection
+from dapo_hpc.config import ConfigProblems, OptimizerSection, parse
 from dapo_hpc.learner.schedule import learning_rate
 
 
@@ -50,6 +51,35 @@ def test_without_a_warm_up_the_first_step_has_the_whole_rate() -> None:
     for first in (0, 1):
         found = rates([1, 3, 5], 5, schedule="linear", warmup_steps=0, first_warmup_step=first)
         assert found == pytest.approx([1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_config_passes_if_and_only_if_the_rate_rises_to_the_top_and_falls(first: int) -> None:
+    verdicts = set()
+    for warmup in range(7):
+        for total in range(2, 7):
+            optimizer = {
+                "lr": 1.0,
+                "schedule": "linear",
+                "warmup_steps": warmup,
+                "first_warmup_step": first,
+            }
+            table = {
+                "run": {"name": "r", "total_steps": total},
+                "model": {"path": "m"},
+                "prompts": {"train": "a", "eval": "b"},
+                "optimizer": optimizer,
+            }
+            rate = [
+                learning_rate(OptimizerSection(**optimizer), step, total_steps=total)
+                for step in range(1, total + 1)
+            ]
+            is_sound = max(rate) == 1.0 and rate[-1] == 0.0
+            verdicts.add(is_sound)
+            refused = pytest.raises(ConfigProblems, match="nothing is left to fall over")
+            with nullcontext() if is_sound else refused:
+                parse(table)
+    assert verdicts == {False, True}
 
 
 def test_a_resumed_run_of_more_steps_falls_over_all_of_them() -> None:

@@ -177,20 +177,34 @@ def test_every_problem_comes_at_once(capsys: pytest.CaptureFixture[str]) -> None
     assert code == 2
 
 
-def test_without_transformer_engine_some_axes_are_refused(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_experts_of_a_dense_model_are_refused_with_or_without_the_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from dapo_hpc.plan import plan
+    words = [str(LARGE), "--set", "learner.expert_parallel=2"]
+    for more in ([], ["--set", f"model.path={tmp_path}/none"]):
+        path = tmp_path / "run.toml"
+        path.write_text(LARGE.read_text())
+        code, _, err = check(capsys, *([str(path), *words[1:]] if more else words), *more)
+        assert code == 2
+        assert "learner.expert_parallel = 2: the models that the learner trains are dense" in err
 
-    words = [str(LARGE), "--set", "learner.context_parallel=2"]
-    monkeypatch.setattr(plan, "find_spec", lambda _: None)
-    code, _, err = check(capsys, *words)
-    assert code == 2
-    assert "learner.context_parallel = 2 needs TransformerEngine" in err
-    monkeypatch.setattr(plan, "find_spec", lambda _: object())
-    assert check(capsys, *words)[0] == 0
-    code, _, err = check(capsys, str(LARGE), "--set", "learner.expert_parallel=2")
-    assert "Qwen2.5-32B has no experts" in err
+
+def test_context_parallel_ranks_share_tokens_and_the_optimizer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plain, shared = (
+        as_json(capsys, LARGE, f"learner.context_parallel={ranks}") for ranks in (1, 2)
+    )
+    assert shared["problems"] == []
+    assert shared["processes"]["learner"] == 2 * plain["processes"]["learner"]
+    for stages in zip(plain["learner_stages"], shared["learner_stages"], strict=True):
+        whole, half = stages
+        assert half["weights"] == whole["weights"]
+        assert half["optimizer"] == -(-whole["optimizer"] // 2)
+        assert half["train_batch"] == -(-whole["train_batch"] // 2)
+        # All but the keys and values of the other rank's tokens.
+        assert 0.5 <= half["activations"] / whole["activations"] < 0.55
+        assert 0.5 < half["backward"] / whole["backward"] < 0.7
 
 
 def test_a_budget_below_the_longest_response_is_noted(

@@ -37,13 +37,15 @@ def test_defaults_change_nothing() -> None:
         ("optimizer", {"min_lr_frac": 0.1}, "min_lr_frac = 0.1 has no meaning while"),
         ("optimizer", {"schedule": "cosine", "min_lr_frac": 1.5}, "optimizer.min_lr_frac = 1.5"),
         ("optimizer", {"schedule": "linear", "warmup_steps": 100}, "nothing is left to fall over"),
+        ("model", {"path": "m", "imported": "i"}, "would not be trained on"),
         ("optimizer", {"max_skipped_updates": 0}, "optimizer.max_skipped_updates = 0"),
         ("hardware", {"gpu_memory_gib": 0}, "hardware.gpu_memory_gib = 0"),
     ],
 )
 def test_what_makes_no_sense_is_a_problem(section: str, values: dict[str, Any], words: str) -> None:
+    sft = {"init": "m", "pairs": "c.parquet"}
     with pytest.raises(ConfigProblems) as caught:
-        parse(table(**{section: values}))
+        parse(table(sft=sft, **{section: values}))
     assert words in str(caught.value)
 
 

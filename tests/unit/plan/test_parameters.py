@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from dapo_hpc.config import LearnerSection
 from dapo_hpc.learner.meta_model import dry_run
 from dapo_hpc.learner.parallel import Layout
-from dapo_hpc.plan.architecture import Architecture, layout_problems
+from dapo_hpc.plan.architecture import Architecture
+from dapo_hpc.plan.layout import layout_problems
 from dapo_hpc.plan.parameters import model_elements, rank_parameters, stages
 from tests.unit.plan.measuring import write_model
 
@@ -125,5 +126,5 @@ def test_layouts_that_do_not_divide_the_model_are_named() -> None:
     assert "learner.tensor_parallel = 8 does not divide num_attention_heads = 28" in found
     assert "learner.tensor_parallel = 8 does not divide num_key_value_heads = 4" in found
     assert "learner.pipeline_parallel = 3 does not divide the 28 layers" in found
-    assert "Qwen2.5-7B has no experts" in found
+    assert "learner.expert_parallel = 2: the models that the learner trains are dense" in found
     assert layout_problems(size, LearnerSection(tensor_parallel=4)) == []

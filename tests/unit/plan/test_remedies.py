@@ -10,7 +10,8 @@ import pytest
 
 from dapo_hpc.config import RunConfig, load
 from dapo_hpc.plan import remedies
-from dapo_hpc.plan.architecture import Architecture, layout_problems
+from dapo_hpc.plan.architecture import Architecture
+from dapo_hpc.plan.layout import layout_problems
 from dapo_hpc.plan.memory import GIB, learner_memory
 from dapo_hpc.plan.remedies import cheapest, num_gpus, peak
 

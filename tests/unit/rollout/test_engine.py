@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from reference import reference_logprobs
 
@@ -222,6 +225,32 @@ def test_a_prompt_without_room_for_a_token_is_refused(engine: Engine) -> None:
     with pytest.raises(ValueError, match="300 prompt tokens leave no room"):
         engine.add("r", [1] * 300, Sampling(max_tokens=1, temperature=1.0))
     assert not engine.has_work
+
+
+def foreign_listeners() -> list[str]:
+    """Addresses that this process and its children listen on and other machines can reach."""
+    own = psutil.Process()
+    return [
+        f"{process.name()} {connection.laddr.ip}:{connection.laddr.port}"
+        for process in (own, *own.children(recursive=True))
+        for connection in process.net_connections(kind="all")
+        if connection.family != socket.AF_UNIX
+        and (connection.status == psutil.CONN_LISTEN or connection.type == socket.SOCK_DGRAM)
+        and connection.laddr
+        and not ipaddress.ip_address(connection.laddr.ip).is_loopback
+    ]
+
+
+def test_the_engine_listens_to_nobody_outside(engine: Engine) -> None:
+    """Whatever vLLM and torch open for themselves is bound to the loopback."""
+    engine.add("r", [1, 2], Sampling(max_tokens=2, temperature=1.0))
+    while engine.has_work:
+        engine.step()
+    assert foreign_listeners() == []
+    with socket.socket() as planted:
+        planted.bind(("0.0.0.0", 0))
+        planted.listen()
+        assert len(foreign_listeners()) == 1, "negative control"
 
 
 def test_the_cpu_cache_is_no_larger_than_the_places_can_fill(

@@ -68,8 +68,9 @@ def test_what_is_published_verifies_and_has_the_same_bits(tmp_path: Path, source
 def test_large_models_are_split_over_files_with_an_index(tmp_path: Path, source: Path) -> None:
     directory = put(tmp_path, source, shard_bytes=100)
     verify(directory)
-    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
-    assert index == {
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 4 * 5 * 7 + 4 * 7 * 3 + 2 * 4}, "no headers"
+    assert index["weight_map"] == {
         "a": "model-00001-of-00002.safetensors",
         "b": "model-00002-of-00002.safetensors",
         "c": "model-00002-of-00002.safetensors",

@@ -1,0 +1,1 @@
+"""A discrete-event simulation of how a batch of informative groups is filled."""

@@ -1,0 +1,79 @@
+"""A learner without a model: it takes, fetches, publishes, keeps two checkpoints, and commits."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from dapo_hpc.buffer.client import BufferClient
+from dapo_hpc.records import PolicyVersion
+from dapo_hpc.run_dir import RunDir, write_json
+from tests.campaign.history import History
+
+CHECKPOINT_EVERY = 3
+RETAINED = 2
+GIVE_UP_S = 300.0
+
+
+def checkpoints(root: Path) -> list[int]:
+    """Steps with a checkpoint, oldest first; 0 is the start of the run."""
+    path = root / "checkpoints.json"
+    steps: list[int] = json.loads(path.read_text()) if path.exists() else [0]
+    return steps
+
+
+def main(root: Path, life: int, num_groups: int) -> None:
+    """Train until `num_groups` groups were taken, from the newest checkpoint on."""
+    client = BufferClient(RunDir(root), request_timeout_s=2.0, give_up_s=GIVE_UP_S)
+    history = History(root / "history" / f"trainer-{life}.jsonl")
+    kept = checkpoints(root)
+    step = kept[-1]
+    lineage = client.register(step)
+    history.note("began", pid=os.getpid(), lineage=lineage, step=step)
+    client.publish(PolicyVersion(step=step, lineage=lineage), is_evaluated=False)
+    while True:
+        step += 1
+        size = _train(client, history, lineage, step)
+        client.publish(PolicyVersion(step=step, lineage=lineage), is_evaluated=False)
+        is_over = step * size >= num_groups
+        if step % CHECKPOINT_EVERY == 0 or is_over:
+            kept = [*kept, step][-RETAINED:]
+            write_json(root / "checkpoints.json", kept)
+            history.note("checkpoint", lineage=lineage, step=step)
+            client.commit(lineage, kept[0])
+            history.note("committed", lineage=lineage, step=kept[0])
+        if is_over:
+            client.finish(lineage)
+            history.note("finished", lineage=lineage, step=step)
+            return
+
+
+def _train(client: BufferClient, history: History, lineage: int, step: int) -> int:
+    """Write down what was handed out for training; its number of groups."""
+    groups = None
+    while groups is None:
+        groups = client.take(lineage, step, 2.0).groups
+    fetched = client.fetch([group.group_id for group in groups])
+    history.note(
+        "trained",
+        lineage=lineage,
+        step=step,
+        groups=[
+            {
+                "group": group.group_id,
+                "row": group.prompt.row,
+                "responses": [
+                    {
+                        "index": one.index,
+                        "is_correct": one.is_correct,
+                        "steps": [span.version.step for span in one.spans],
+                        "tokens": [int(token) for token in one.token_ids],
+                    }
+                    for one in group.responses
+                ],
+            }
+            for group in fetched
+        ],
+    )
+    return len(fetched)
