@@ -47,6 +47,9 @@ TICK_S = 0.2
 """Between two looks at the lease deadlines."""
 STATUS_S = 1.0
 """Least time between two snapshots for `dapo status`."""
+OWNER_S = 1.0
+"""Between two looks for a newer owner when there is nothing to write. A buffer that nobody speaks
+to any more, because a successor was here and died, must end, so that it is started again."""
 SNAPSHOT_EVENTS = 100_000
 """Events in the ledger from one snapshot to the next, where no commit asks for one before."""
 LINGER_S = 10.0
@@ -281,11 +284,14 @@ class Service:
     async def _keep_time(self) -> None:
         """Let leases expire, write the snapshot, and notice the end of the run."""
         told_at: float | None = None
-        status_at = 0.0
+        status_at = owner_at = 0.0
         while True:
             now = self._clock()
             self._core.tick(now)
             self._hand_over_if_any()
+            if now >= owner_at + OWNER_S:
+                owner_at = now
+                self._writer.put(Job.nothing())
             if self._is_changed and now >= status_at + STATUS_S:
                 status_at, self._is_changed = now, False
                 self._report_violations()

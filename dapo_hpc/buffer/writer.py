@@ -48,9 +48,18 @@ class Job:
     """Of the state behind all events up to this job, these included."""
     done: Callable[[], None]
 
+    @classmethod
+    def nothing(cls) -> Job:
+        """Has the writer look whether there is a newer owner, and nothing else."""
+        return cls(events=[], payloads={}, freed=[], snapshot=None, done=_nothing)
+
     @property
     def is_empty(self) -> bool:
         return not (self.events or self.payloads or self.freed or self.snapshot)
+
+
+def _nothing() -> None:
+    """Nobody waits."""
 
 
 class Store:

@@ -21,7 +21,7 @@ from dapo_hpc.buffer.book import Book
 from dapo_hpc.buffer.core import BufferSettings, Core, LineageFenced, Prompts
 from dapo_hpc.buffer.owner import OwnerFenced, Ownership
 from dapo_hpc.buffer.server import inherit
-from dapo_hpc.buffer.service import is_quick
+from dapo_hpc.buffer.service import OWNER_S, is_quick
 from dapo_hpc.buffer.writer import FULL_RETRY_S, DiskFull, Job, Store, Writer
 from tests.chaos import disk as fake
 from tests.chaos.network import TIMEOUT_S, Network, Outcome
@@ -85,6 +85,7 @@ class BufferNode:
         self._is_flush_due = False
         self._stopped_piece: fake.Stoppable | None = None
         self._num_commits = 0
+        self._owner_at = 0.0
         self._execute(self._take_ownership)
         wait_s = 0.0 if is_alone else owner.GRACE_FRAC * TIMEOUT_S
         self.sim.after(wait_s, lambda: self._when_running(self._open))
@@ -226,9 +227,8 @@ class BufferNode:
 
     def _hand_over(self, done: Callable[[], None], *, is_snapshot: bool) -> None:
         assert self.core is not None
-        assert self._writer is not None
         effects = self.core.take_effects()
-        self._writer.put(
+        self._put(
             Job(
                 events=[ev.encode_event(event) for event in effects.events],
                 payloads=effects.payloads,
@@ -237,6 +237,10 @@ class BufferNode:
                 done=done,
             )
         )
+
+    def _put(self, job: Job) -> None:
+        assert self._writer is not None
+        self._writer.put(job)
         if not self._is_flush_due:
             self._is_flush_due = True
             self.sim.after(self.sim.random.uniform(0.0, GATHER_S), self._flush_when_running)
@@ -278,11 +282,14 @@ class BufferNode:
         assert self.core is not None
         self.core.tick(self.sim.now)
         if self.core.desk.events or self.core.desk.notices:
-            self._hand_over(_nothing, is_snapshot=False)
+            self._hand_over(_nobody_waits, is_snapshot=False)
+        if self.sim.now >= self._owner_at + OWNER_S:
+            self._owner_at = self.sim.now
+            self._put(Job.nothing())
 
 
-def _nothing() -> None:
-    """A job nobody waits for."""
+def _nobody_waits() -> None:
+    """The end of a job that answers nobody."""
 
 
 def _never(error: BaseException) -> None:
