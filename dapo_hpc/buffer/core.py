@@ -180,17 +180,22 @@ class Core:
         self.tick(now)
 
     def fetch(self, request: FetchRequest) -> FetchReply:
+        """Any thread. Raises ValueError for a group that is in no kept batch."""
         return FetchReply(groups=[self._stored_group(g) for g in request.group_ids])
 
     def _stored_group(self, group_id: int) -> StoredGroup:
         group = self.book.state.groups.get(group_id)
         if group is None or group.state != "taken":
-            raise ValueError(f"group {group_id} is in no batch that is still kept.")
+            raise _not_kept(group_id)
         responses = [group.responses[index] for index in group.indices]
+        try:
+            records = [self.desk.read_record(r.record_id or 0) for r in responses]
+        except KeyError:  # an old learner asks while a commit of a newer one frees them
+            raise _not_kept(group_id) from None
         return StoredGroup(
             group_id=group_id,
             prompt=self.desk.prompts.train[group.row],
-            records=[self.desk.read_record(r.record_id or 0) for r in responses],
+            records=records,
             sha256=[r.sha256 for r in responses],
         )
 
@@ -260,6 +265,10 @@ class Core:
             "pending_evaluations": [e.version.name for e in state.evaluations],
             "versions_in_use": [v.name for v in self.evaluations(now).versions_in_use],
         }
+
+
+def _not_kept(group_id: int) -> ValueError:
+    return ValueError(f"group {group_id} is in no batch that is still kept.")
 
 
 def _pop_aborts(view: ActorView) -> list[int]:

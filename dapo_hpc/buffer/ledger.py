@@ -19,6 +19,8 @@ from dapo_hpc.buffer import wal
 from dapo_hpc.buffer.segments import Location
 
 FILE = "ledger.sqlite"
+FORMAT = 1
+"""Of the rows and of what is encoded in them; +1 with every change an older program cannot read."""
 NO_DAMAGE = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL)
 """Errors that say nothing about what the file holds."""
 _SCHEMA = """
@@ -40,7 +42,7 @@ class Ledger:
         """Open or create.
 
         Raises sqlite3.OperationalError when another process holds it, ValueError when it is
-        damaged.
+        damaged or of another format.
         """
         self._path = directory / FILE
         cause = wal.damage(directory / f"{FILE}-wal")
@@ -53,11 +55,25 @@ class Ledger:
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
+            self._require_format()
             self._db.executescript(_SCHEMA)
             self._db.execute("BEGIN EXCLUSIVE")
             self._db.execute("COMMIT")
             self._require(self._db.execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
             self._crc = self._verified()
+
+    def _require_format(self) -> None:
+        """Raises ValueError for the ledger of another version; a new one is marked as ours."""
+        (num_tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        (found,) = self._db.execute("PRAGMA user_version").fetchone()
+        if num_tables == 0:
+            self._db.execute(f"PRAGMA user_version = {FORMAT}")
+        elif found != FORMAT:
+            raise ValueError(
+                f"{self._path} has format {found}; this version of dapo_hpc reads format "
+                f"{FORMAT}. Go on with the version that began the run (its env.json names it), or "
+                "start a new run from the last published weights."
+            )
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

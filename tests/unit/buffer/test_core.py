@@ -568,3 +568,16 @@ def test_news_is_what_an_actor_can_act_on(world: World) -> None:
     world.fill(1)
     world.publish(1)
     assert Core.is_news(request, world.ask("a", V0, free=0))
+
+
+def test_a_record_freed_while_it_is_read_is_a_sentence() -> None:
+    """A commit of a newer learner, beside an old one's fetch in another thread."""
+    world = World()
+    world.start()
+    reply = world.fill(1)
+    assert reply.groups is not None
+    request = msg.FetchRequest(group_ids=[reply.groups[0].group_id])
+    assert world.core.fetch(request).groups[0].records
+    world.records.clear()
+    with pytest.raises(ValueError, match="in no batch that is still kept"):
+        world.core.fetch(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -104,6 +105,16 @@ def test_a_segment_shorter_than_the_ledger_says_is_refused(tmp_path: Path) -> No
     os.truncate(tmp_path / "segments" / "000001-000001.seg", 10)
     with pytest.raises(ValueError, match="records up to byte 47 are durable"):
         open_store(tmp_path, incarnation=2)[0].recover()
+
+
+def test_a_ledger_of_another_format_is_a_sentence(tmp_path: Path) -> None:
+    Ledger(tmp_path).close()
+    Ledger(tmp_path).close()
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as other:
+        other.execute("PRAGMA user_version = 99")
+    other.close()
+    with pytest.raises(ValueError, match="has format 99; this version of dapo_hpc reads format 1"):
+        Ledger(tmp_path)
 
 
 def test_the_ledger_is_locked_against_a_second_process(tmp_path: Path) -> None:
