@@ -4,6 +4,8 @@ PY := .venv/bin/python
 SEED ?= 0
 SEEDS ?= 1000
 SEED0 ?= 1
+KILLS ?= 1000
+GROUPS ?= 100000
 ifndef RUN
 # The first name that no earlier demo has taken: demo-0, demo-0-2, demo-0-3, ...
 RUN := $(shell n=demo-$(SEED); r=$$n; i=2; \
@@ -11,7 +13,7 @@ RUN := $(shell n=demo-$(SEED); r=$$n; i=2; \
 endif
 DEMO_SET := --set run.seed=$(SEED) --set run.name=$(RUN)
 
-.PHONY: help setup demo test test-full check lint fmt golden bench bench-peer bench-kernels bench-learner bench-dispatch chaos clean
+.PHONY: help setup demo test test-full check lint fmt golden bench bench-peer bench-kernels bench-learner bench-dispatch bench-buffer chaos campaign clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
@@ -63,8 +65,14 @@ bench-learner: setup  ## a step of the learner in each layout, beside a plain st
 bench-dispatch: setup  ## how fast a batch is filled, simulated beside other policies and oracles
 	$(PY) perf/sim_dispatch.py
 
+bench-buffer: setup  ## what the buffer takes in, beside HTTPS alone and the disk alone
+	$(PY) perf/bench_buffer.py
+
 chaos: setup  ## the buffer in SEEDS simulated worlds full of faults, from SEED0 on
 	$(PY) -m tests.chaos.run --seeds $(SEEDS) --seed0 $(SEED0)
+
+campaign: setup  ## KILLS real SIGKILLs while GROUPS groups go through real processes
+	$(PY) -m tests.campaign.run --kills $(KILLS) --groups $(GROUPS) --actors 50 --batch 256
 
 clean:  ## caches and build products; runs, data and .venv stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

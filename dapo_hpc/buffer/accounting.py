@@ -207,7 +207,7 @@ def _prompts_conserved(book: Book) -> list[str]:
     """I9: every position dispatched is live, used up, or at the head of the order."""
     counts = group_counts(book)
     used = sum(counts[state] for state in USED_UP)
-    known = used + len(book.live) + len(book.state.returned)
+    known = used + len(book.index.live) + len(book.state.returned)
     if known == book.state.cursor:
         return []
     return [f"I9: {book.state.cursor} prompts left the order, {known} are accounted for."]
@@ -222,7 +222,7 @@ def _leases_sound(book: Book) -> list[str]:
         is_newest = group.lease_id == group.last_lease_id
         if group.lease_id is not None and not (is_held and is_newest and group.state == "open"):
             found.append(f"I4: group {group.group_id} ({group.state}) holds a dead lease.")
-        if group.is_waiting != (group.group_id in book.waiting):
+        if group.is_waiting != (group.group_id in book.index.waiting):
             found.append(f"I4: group {group.group_id} waits, but would never be leased again.")
     return found
 
@@ -233,15 +233,15 @@ def _in_order(book: Book, settings: BufferSettings) -> list[str]:
     if settings.closing != "dispatch_order" or not state.batches:
         return []
     last = max(max(batch.group_ids) for batch in state.batches.values())
-    return [f"I8: group {g} was overtaken by group {last}." for g in book.live if g < last]
+    return [f"I8: group {g} was overtaken by group {last}." for g in book.index.live if g < last]
 
 
 def _bounded(book: Book, settings: BufferSettings) -> list[str]:
     """I11: leases are withheld before there is more to keep than the bound."""
     limit = MAX_OPEN * (settings.max_staleness + 1) * settings.prompts_per_step
-    if len(book.live) <= limit:
+    if len(book.index.live) <= limit:
         return []
-    return [f"I11: {len(book.live)} groups are open or ready; the bound is {limit}."]
+    return [f"I11: {len(book.index.live)} groups are open or ready; the bound is {limit}."]
 
 
 def buffer_metrics(book: Book, generated_tokens: int, violated: dict[str, int]) -> dict[str, float]:
@@ -261,7 +261,7 @@ def buffer_metrics(book: Book, generated_tokens: int, violated: dict[str, int]) 
         "buffer/leases_expired": counters.get("leases_expired", 0),
         "buffer/leases_crashed": counters.get("leases_crashed", 0),
         "buffer/prompts_parked": counters.get("train_parked", 0),
-        "buffer/prompts_suspect": sum(g.deaths > 1 for g in book.live.values()),
+        "buffer/prompts_suspect": sum(g.deaths > 1 for g in book.index.live.values()),
         "buffer/invariant_violations": sum(violated.values()),
         **{f"buffer/{name.lower()}_violations": n for name, n in violated.items()},
         "train/accuracy": window.correct / window.responses if window.responses else 0.0,

@@ -38,7 +38,7 @@ def _close_batch(desk: Desk, now: float) -> bool:
     if desk.full_since is None:
         desk.full_since = now
     groups = selection.closable_batch(
-        desk.book.live.values(), settings.prompts_per_step, settings.closing
+        desk.book.index.live.values(), settings.prompts_per_step, settings.closing
     )
     if groups is None:
         return False
@@ -74,7 +74,7 @@ def _close(desk: Desk, groups: list[Group], now: float) -> None:
     desk.emit(event)
     desk.full_since = desk.waiting_since = None
     desk.predicted_rate = desk.acceptance_rate()
-    for group in list(desk.book.live.values()):
+    for group in list(desk.book.index.live.values()):
         _keep_or_drop(desk, group)
 
 
@@ -108,12 +108,12 @@ def _cut_surplus(desk: Desk) -> None:
     """
     settings = desk.settings
     is_cut = settings.max_staleness == 0 and settings.closing == "dispatch_order"
-    if not is_cut or len(desk.book.certain) < settings.prompts_per_step:
+    if not is_cut or len(desk.book.index.certain) < settings.prompts_per_step:
         return
-    last = desk.book.certain[settings.prompts_per_step - 1]
-    behind = itertools.takewhile(lambda group_id: group_id > last, reversed(desk.book.live))
+    last = desk.book.index.certain[settings.prompts_per_step - 1]
+    behind = itertools.takewhile(lambda group_id: group_id > last, reversed(desk.book.index.live))
     for group_id in sorted(behind):
-        desk.drop_group(desk.book.live[group_id], "surplus")
+        desk.drop_group(desk.book.index.live[group_id], "surplus")
 
 
 def _keep_or_drop(desk: Desk, group: Group) -> None:
@@ -136,14 +136,14 @@ def _oldest(versions: set[PolicyVersion]) -> float:
 def _end_of_pass(desk: Desk, now: float) -> None:
     """The order has ended: train on what there is, or wait for a person."""
     num_ready = desk.num_ready()
-    if num_ready < len(desk.book.live) or desk.num_wanted() == 0 or not _may_close(desk):
+    if num_ready < len(desk.book.index.live) or desk.num_wanted() == 0 or not _may_close(desk):
         return
     if desk.settings.on_exhausted == "wait":
         exhaustion.say_waiting(desk, now)
         return
     exhaustion.say_smaller(desk, now)
     if num_ready:
-        _close(desk, list(desk.book.live.values()), now)
+        _close(desk, list(desk.book.index.live.values()), now)
     desk.emit(ev.PassOpened())
 
 

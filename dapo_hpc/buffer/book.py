@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 
 from dapo_hpc.buffer import events as ev
-from dapo_hpc.buffer.forecast import Tally
-from dapo_hpc.buffer.group import LIVE_STATES, Group, GroupState, LeaseRecord, StoredResponse
+from dapo_hpc.buffer.group import Group, GroupState, LeaseRecord, StoredResponse
 from dapo_hpc.buffer.history import GroupRow
+from dapo_hpc.buffer.index import Index
 from dapo_hpc.buffer.state import Batch, Evaluation, Returned, Rollback, State, Window
 from dapo_hpc.records import PolicyVersion
 
@@ -47,16 +47,7 @@ class Book:
 
     def __init__(self, state: State | None = None) -> None:
         self.state = state or State()
-        self.live: dict[int, Group] = {}
-        """Open and ready training groups in dispatch order."""
-        self.waiting: set[int] = set()
-        """Groups of both kinds that nobody holds a lease on."""
-        self.waiting_version = 0
-        """Number of changes of that set or of a group in it."""
-        self.tally = Tally()
-        """Open training groups by what is known of them."""
-        self.certain: list[int] = []
-        """Sorted: live training groups that are ready or already hold both outcomes."""
+        self.index = Index()
         self.version = 0
         """Number of events applied."""
         self.freed: list[int] = []
@@ -66,7 +57,7 @@ class Book:
         self.wakeups = 0
         """Changes a waiting request may have waited for."""
         for group_id in sorted(self.state.groups):
-            self._index(self.state.groups[group_id])
+            self.index.add(self.state.groups[group_id])
         self._handlers: dict[type, Callable[[Any], None]] = {
             ev.Dispatched: self._on_dispatched,
             ev.Leased: self._on_leased,
@@ -135,7 +126,7 @@ class Book:
         group = self.state.groups[event.group_id]
         group.lease_id = event.lease_id
         group.lease_ids.append(event.lease_id)
-        self._stop_waiting(group)
+        self.index.stop_waiting(group)
         self.state.leases[event.lease_id] = LeaseRecord(
             lease_id=event.lease_id,
             group_id=event.group_id,
@@ -156,7 +147,7 @@ class Book:
         group.lease_id = None
         group.failures += event.cause == "failed"
         group.deaths += event.cause in ("expired", "crashed") and not lease.is_proven
-        self._start_waiting(group)
+        self.index.start_waiting(group)
 
     def unfilled(self, lease: LeaseRecord) -> list[int]:
         """Indices of a lease that no response has filled."""
@@ -195,12 +186,12 @@ class Book:
         group.deaths = 0
 
     def _fill(self, group: Group, response: StoredResponse) -> None:
-        self._count_open(group, -1)
-        self.waiting_version += group.group_id in self.waiting
+        self.index.count_open(group, -1)
+        self.index.waiting_version += group.group_id in self.index.waiting
         new_tokens = response.num_tokens - group.known_tokens(response.index)
         self.count("tokens_delivered", new_tokens)
         group.responses[response.index] = response
-        self._count_open(group, 1)
+        self.index.count_open(group, 1)
         self.freed += [chunk.record_id for chunk in group.partials.pop(response.index, ())]
         self.count("responses_accepted")
         if response.record_id is not None:
@@ -253,12 +244,9 @@ class Book:
             self._free_partials(group)
         self.count(f"{group.kind}_{group.state}", -1)
         self.count(f"{group.kind}_{state}")
-        self._count_open(group, -1)
+        self.index.count_open(group, -1)
         group.state = state
-        self._note_certain(group)
-        self._stop_waiting(group)
-        if state not in LIVE_STATES:
-            self.live.pop(group.group_id, None)
+        self.index.settle(group)
 
     def _free_partials(self, group: Group) -> None:
         self.freed += [c.record_id for chunks in group.partials.values() for c in chunks]
@@ -359,7 +347,7 @@ class Book:
         for evaluation in self.state.evaluations:
             if evaluation.version.step == event.version.step:
                 evaluation.version = event.version
-                self.waiting_version += 1
+                self.index.waiting_version += 1
                 for group_id in evaluation.group_ids:
                     self.state.groups[group_id].version = event.version
         if event.evaluation is not None:
@@ -400,48 +388,13 @@ class Book:
     def _on_finished(self, _: ev.Finished) -> None:
         self.state.is_finished = True
 
-    # indices
+    # small steps of several events
 
     def _add(self, group: Group) -> None:
         self.state.groups[group.group_id] = group
         self.state.next_group_id = group.group_id + 1
         self.count(f"{group.kind}_open")
-        self._index(group)
-
-    def _index(self, group: Group) -> None:
-        if group.kind == "train" and group.state in LIVE_STATES:
-            self.live[group.group_id] = group
-            self._count_open(group, 1)
-        if group.is_waiting:
-            self._start_waiting(group)
-
-    def _start_waiting(self, group: Group) -> None:
-        self.waiting.add(group.group_id)
-        self.waiting_version += 1
-
-    def _stop_waiting(self, group: Group) -> None:
-        self.waiting.discard(group.group_id)
-        self.waiting_version += 1
-
-    def _count_open(self, group: Group, amount: int) -> None:
-        """Count an open training group in or out of the tally, before and after it changes."""
-        if group.kind == "train" and group.state == "open":
-            self.tally.add(len(group.responses), group.num_correct, amount)
-        if amount > 0:
-            self._note_certain(group)
-
-    def _note_certain(self, group: Group) -> None:
-        """Keep the sorted list of the groups that a batch can count on."""
-        if group.kind != "train":
-            return
-        is_mixed = 0 < group.num_correct < len(group.responses)
-        is_certain = group.state == "ready" or (group.state == "open" and is_mixed)
-        place = bisect.bisect_left(self.certain, group.group_id)
-        is_noted = place < len(self.certain) and self.certain[place] == group.group_id
-        if is_certain and not is_noted:
-            self.certain.insert(place, group.group_id)
-        elif is_noted and not is_certain:
-            del self.certain[place]
+        self.index.add(group)
 
     def _record_written(self, record_id: int) -> None:
         self.state.next_record_id = max(self.state.next_record_id, record_id + 1)

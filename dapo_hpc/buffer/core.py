@@ -240,7 +240,7 @@ class Core:
             "leases": {
                 "live": len(self.desk.deadlines),
                 "responses_in_flight": accounting.responses_in_flight(self.book),
-                "waiting_groups": len(self.book.waiting),
+                "waiting_groups": len(self.book.index.waiting),
                 "wanted_groups": self.desk.num_wanted(),
             },
             "actors": {

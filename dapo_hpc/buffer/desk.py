@@ -170,11 +170,12 @@ class Desk:
         Thousands of evaluation units may wait while hundreds of actors ask twice a second, so the
         answer is kept until something about a waiting group changes.
         """
-        if self._waiting_at != self.book.waiting_version:
-            self._waiting_at, self._waiting = self.book.waiting_version, {}
+        if self._waiting_at != self.book.index.waiting_version:
+            self._waiting_at, self._waiting = self.book.index.waiting_version, {}
         key = (kind, version)
         if key not in self._waiting:
-            groups = (self.book.state.groups[group_id] for group_id in sorted(self.book.waiting))
+            ids = sorted(self.book.index.waiting)
+            groups = (self.book.state.groups[group_id] for group_id in ids)
             self._waiting[key] = [
                 g for g in groups if g.kind == kind and (version is None or g.version == version)
             ]
@@ -182,10 +183,10 @@ class Desk:
 
     def fewest_missing(self) -> float:
         """Places that the smallest of the waiting groups takes; infinite when there is none."""
-        if self._fewest_at[0] != self.book.waiting_version:
-            groups = (self.book.state.groups[group_id] for group_id in self.book.waiting)
+        if self._fewest_at[0] != self.book.index.waiting_version:
+            groups = (self.book.state.groups[group_id] for group_id in self.book.index.waiting)
             fewest = min((group.num_missing for group in groups), default=math.inf)
-            self._fewest_at = (self.book.waiting_version, fewest)
+            self._fewest_at = (self.book.index.waiting_version, fewest)
         return self._fewest_at[1]
 
     def num_ready(self) -> int:
@@ -212,7 +213,7 @@ class Desk:
         if self._new_at[0] != self.book.version:
             num_new = selection.num_new_prompts(
                 self.settings,
-                self.book.tally,
+                self.book.index.tally,
                 self.outlook(),
                 num_missing=self.settings.prompts_per_step - self.num_ready(),
                 num_room=self.num_room(),
@@ -222,7 +223,7 @@ class Desk:
 
     def num_wanted(self) -> int:
         """Groups that should be open now; 0 when nothing is needed."""
-        return self.book.tally.num_groups + self.num_new() if self.num_room() > 0 else 0
+        return self.book.index.tally.num_groups + self.num_new() if self.num_room() > 0 else 0
 
     def wake_for_need(self) -> None:
         """Wake the requests that wait when more prompts are to begin than a moment ago."""

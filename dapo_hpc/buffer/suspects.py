@@ -53,8 +53,8 @@ def park_if_due(desk: Desk, group: Group) -> None:
         return
     desk.drop_group(group, "parked")
     if group.kind == "train":  # it may be under way for a later pass too
-        same = [x for x in desk.book.live.values() if x.row == group.row and x.state == "open"]
-        for other in same:
+        live = desk.book.index.live.values()
+        for other in [x for x in live if x.row == group.row and x.state == "open"]:
             desk.drop_group(other, "parked")
     desk.notices.append(
         f"prompt of row {group.row} ({group.kind}) {why}; it is parked: no actor gets it again."

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("setup", "demo", "test", "test-full", "check", "fmt", "golden", "bench", "bench-peer")
-TARGETS += ("bench-kernels", "bench-learner", "bench-dispatch", "chaos", "clean", "help")
+TARGETS += ("bench-kernels", "bench-learner", "bench-dispatch", "bench-buffer")
+TARGETS += ("chaos", "campaign", "clean", "help")
 
 
 def locked() -> dict[str, str]:

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 from dapo_hpc.buffer import book, desk, selection
 from dapo_hpc.buffer.desk import LineageFenced
 from dapo_hpc.buffer.group import Group, LeaseRecord
+from dapo_hpc.buffer.index import Index
 from dapo_hpc.records import Lease, PolicyVersion
 from tests.buffer_world import World, make_prompts, piece, response
 
@@ -228,8 +229,8 @@ class BufferMachine(RuleBasedStateMachine):
         before = self.world.core.book.snapshot()
         reopened = book.Book.from_snapshot(before)
         assert reopened.snapshot() == before
-        assert list(reopened.live) == list(self.world.core.book.live)
-        assert reopened.waiting == self.world.core.book.waiting
+        assert list(reopened.index.live) == list(self.world.core.book.index.live)
+        assert reopened.index.waiting == self.world.core.book.index.waiting
 
     # what must always hold
 
@@ -275,7 +276,7 @@ class BufferMachine(RuleBasedStateMachine):
         """What is still to be trained, or was just given up as surplus, lies behind the cut."""
         groups = self.world.core.book.state.groups
         surplus = {k for k, group in groups.items() if group.state == "surplus"}
-        for group_id in {*self.world.core.book.live, *(surplus - self.surplus)}:
+        for group_id in {*self.world.core.book.index.live, *(surplus - self.surplus)}:
             assert group_id > last, f"group {group_id} was overtaken by {last}"
         self._assert_nothing_needed_was_cut(sorted(surplus - self.surplus), last)
         self.surplus |= surplus
@@ -299,7 +300,8 @@ class BufferMachine(RuleBasedStateMachine):
         """What the forecast and the early cut go by, counted anew from the groups."""
         if not hasattr(self, "world"):
             return
-        kept, counted = self.world.core.book, book.Book(self.world.core.book.state)
+        kept = self.world.core.book.index
+        counted = book.Book(self.world.core.book.state).index
         assert kept.certain == counted.certain
         assert kept.tally.mixed == counted.tally.mixed
         assert +kept.tally.alike == +counted.tally.alike
@@ -310,7 +312,7 @@ class BufferMachine(RuleBasedStateMachine):
         if hasattr(self, "world"):
             limits = self.world.settings
             capacity = (limits.max_staleness + 1) * limits.prompts_per_step
-            assert len(self.world.core.book.live) <= capacity * 12 + 4
+            assert len(self.world.core.book.index.live) <= capacity * 12 + 4
 
 
 def run(machine: type[RuleBasedStateMachine], limits: settings = LIMITS) -> None:
@@ -342,7 +344,7 @@ def _count_without_event(self: desk.Desk, lease: LeaseRecord, cause: Any) -> Non
     self.forget_deadline(lease)
 
 
-def _one_too_early(self: book.Book, group: Group) -> None:
+def _one_too_early(self: Index, group: Group) -> None:
     """Counts on every group that is not uniform so far, also on those of one outcome."""
     if group.kind == "train" and group.state in ("open", "ready") and group.responses:
         self.certain = sorted({*self.certain, group.group_id})
@@ -359,7 +361,7 @@ PLANTED: dict[str, tuple[object, str, Callable[..., Any]]] = {
     "a batch is the first groups to finish": (selection, "closable_batch", _first_to_finish),
     "a dropped group's prompt is forgotten": (desk.Desk, "drop_group", _forget_the_prompt),
     "a change that is not in the ledger": (desk.Desk, "end_lease", _count_without_event),
-    "a group counts as informative too early": (book.Book, "_note_certain", _one_too_early),
+    "a group counts as informative too early": (Index, "note_certain", _one_too_early),
     "staleness is not checked": (selection, "oldest_step", _never_too_old),
 }
 

@@ -194,8 +194,8 @@ def test_a_crash_changes_no_expectation() -> None:
     after = world.core.desk
     assert after is not before
     assert (after.num_new(), after.num_wanted()) == (before.num_new(), before.num_wanted())
-    assert after.book.tally == before.book.tally
-    assert after.book.certain == before.book.certain
+    assert after.book.index.tally == before.book.index.tally
+    assert after.book.index.certain == before.book.index.certain
 
 
 def test_predicted_and_actual_acceptance_are_in_the_metrics() -> None:
@@ -332,7 +332,7 @@ def test_what_can_never_be_trained_is_given_up_before_the_batch_closes() -> None
     assert world.take(1).groups is None
     reply = world.heartbeat(leases[3].lease_id)
     assert reply.abort == [lease.lease_id for lease in leases[3:]]
-    assert set(world.core.book.live) == {lease.group_id for lease in leases[:3]}
+    assert set(world.core.book.index.live) == {lease.group_id for lease in leases[:3]}
     assert world.core.desk.num_new() == 0
 
 
@@ -346,7 +346,7 @@ def test_nothing_is_given_up_early_where_it_may_still_be_trained(
     for lease in leases[1:3]:
         done = [response(0, V0), response(1, V0, is_correct=False)]
         world.submit(lease.lease_id, done)
-    assert len(world.core.book.live) == len(leases)
+    assert len(world.core.book.index.live) == len(leases)
 
 
 def test_the_wait_for_the_tail_is_measured() -> None:

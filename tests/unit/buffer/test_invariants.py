@@ -26,7 +26,7 @@ def world() -> World:
         world.fill(step)
         world.publish(step)
     world.answer(world.lease()[-1])
-    assert {group.state for group in world.core.book.live.values()} == {"open", "ready"}
+    assert {group.state for group in world.core.book.index.live.values()} == {"open", "ready"}
     return world
 
 
@@ -46,7 +46,7 @@ def train_old_tokens(world: World) -> None:
 
 def forget_a_lost_lease(world: World) -> None:
     world.tick(31)
-    world.core.book.waiting.pop()
+    world.core.book.index.waiting.pop()
 
 
 def shorten_a_batch(world: World) -> None:
@@ -76,7 +76,7 @@ def change_a_batch(world: World) -> None:
 
 
 def overtake(world: World) -> None:
-    live = world.core.book.live
+    live = world.core.book.index.live
     live[0] = next(iter(live.values()))
 
 

@@ -163,7 +163,7 @@ def lose_actor(world: World, actor: str) -> list[Lease]:
 
 
 def deaths(world: World) -> dict[int, int]:
-    return {group_id: group.deaths for group_id, group in world.core.book.live.items()}
+    return {group_id: group.deaths for group_id, group in world.core.book.index.live.items()}
 
 
 def test_a_token_clears(world: World) -> None:
