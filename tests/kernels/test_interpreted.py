@@ -24,7 +24,7 @@ NOT_THERE = ("test_interpreted.py", "test_compiled.py", "test_gpu.py", "test_mai
 @pytest.mark.slow
 @pytest.mark.skipif(IS_INTERPRETED, reason="this is the interpreter's process")
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the compiled kernels have been tested")
-@pytest.mark.parametrize("where", ["kernels", "multiproc"])
+@pytest.mark.parametrize("where", ["kernels", pytest.param("multiproc", marks=pytest.mark.full)])
 def test_kernels_under_the_interpreter(where: str) -> None:
     files = {
         "kernels": [

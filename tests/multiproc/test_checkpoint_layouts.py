@@ -192,7 +192,7 @@ def test_a_checkpoint_has_its_name_when_the_slowest_rank_has_written(
     assert "waited" not in found, "nobody waits for a rank that is gone"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_four_ranks(tmp_path: Path) -> None:
     start(chain_of_four, tmp_path, 4)
     first = results(tmp_path, "tied", 0)

@@ -205,7 +205,7 @@ def test_another_batch_does_not_pass(two_ranks: Path) -> None:
     assert first["learner/grad_norm"] != pytest.approx(second["learner/grad_norm"], rel=RELATIVE)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_four_ranks_train_as_one_does(tmp_path: Path) -> None:
     run_all(FOUR, tmp_path)
     for case in FOUR:

@@ -328,7 +328,7 @@ def test_a_gradient_that_is_returned_as_well_does_not_pass(
         check(DOUBLED, found)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_four_ranks(tmp_path: Path) -> None:
     found = run_all(FOUR, tmp_path)
     for case in FOUR:
