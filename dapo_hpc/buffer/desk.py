@@ -102,8 +102,11 @@ class Desk:
     def forget_deadline(self, lease: LeaseRecord) -> None:
         """A lease is not live any more."""
         self.deadlines.pop(lease.lease_id, None)
-        self._held.get(lease.actor, set()).discard(lease.lease_id)
-        self._training.get(lease.actor, set()).discard(lease.lease_id)
+        for by_actor in (self._held, self._training):
+            mine = by_actor.get(lease.actor, set())
+            mine.discard(lease.lease_id)
+            if not mine:
+                by_actor.pop(lease.actor, None)  # there is no end to names in a long run
 
     def live_leases(self, actor: str) -> list[LeaseRecord]:
         """What an actor holds, oldest first."""

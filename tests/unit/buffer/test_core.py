@@ -581,3 +581,16 @@ def test_a_record_freed_while_it_is_read_is_a_sentence() -> None:
     world.records.clear()
     with pytest.raises(ValueError, match="in no batch that is still kept"):
         world.core.fetch(request)
+
+
+def test_an_actor_that_holds_nothing_leaves_nothing_behind() -> None:
+    """Preempted actors come back under new names, without end."""
+    world = World()
+    version = world.start()
+    for number in range(50):
+        actor = f"actor-{number}"
+        leases = world.ask(actor, version, 4).leases
+        assert leases
+        for lease in leases:
+            world.release(lease.lease_id, is_failure=False, actor=actor)
+    assert world.core.desk._held == world.core.desk._training == {}
