@@ -8,28 +8,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import get_args
 
 from dapo_hpc.buffer.book import Book
 from dapo_hpc.buffer.forecast import MAX_OPEN
-from dapo_hpc.buffer.group import Group
+from dapo_hpc.buffer.group import Group, LeaseEnd, WasteCause
 from dapo_hpc.buffer.selection import BufferSettings
 from dapo_hpc.buffer.state import Batch
 from dapo_hpc.records import EvalResult, Prompt
 
 INVARIANTS = tuple(f"I{number}" for number in range(1, 12))
-LEASE_ENDS = ("expired", "released", "failed", "crashed", "aborted")
+LEASE_ENDS: tuple[LeaseEnd, ...] = get_args(LeaseEnd)
 USED_UP = ("taken", "all_correct", "all_wrong", "parked")
 """States from which a prompt does not return to the order."""
-WASTE = (
-    "all_correct",
-    "all_wrong",
-    "stale",
-    "surplus",
-    "quarantined",
-    "parked",
-    "preempted",
-    "duplicate",
-)
+WASTE: tuple[WasteCause, ...] = get_args(WasteCause)
 """Why tokens were sampled in vain."""
 MAX_SENTENCES = 1000
 """Violations remembered apart; a broken run must not fill the memory with them."""
