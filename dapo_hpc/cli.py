@@ -1,4 +1,4 @@
-"""The one command, `dapo`: parses first, imports what the command needs afterwards."""
+"""The one command, `dapo`: its words. What they do is in commands.py."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from dapo_hpc import commands
 from dapo_hpc.run_dir import deny_others_writing
-
-if TYPE_CHECKING:
-    from dapo_hpc.config import RunConfig
-    from dapo_hpc.plan import Plan
 
 BAD_INPUT = 2
 """Exit code when nothing was started because of what the user gave."""
@@ -38,8 +34,11 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="command")
     _add_runs(verbs)
+    _add_slurm(verbs)
+    _add_doctor(verbs)
     _add_conversions(verbs)
     _add_looks(verbs)
+    _add_job(verbs)
     _add_role(verbs)
     return top
 
@@ -50,25 +49,66 @@ def _add_runs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     source.add_argument("config", nargs="?", type=Path, help="TOML file of a new run")
     source.add_argument("--resume", type=Path, metavar="RUN", help="run directory to go on with")
     _add_set(train)
-    train.set_defaults(command=_train)
+    train.set_defaults(command=commands.train)
 
     sft = verbs.add_parser("sft", help="supervised fine-tuning; writes model.path")
     source = sft.add_mutually_exclusive_group(required=True)
     source.add_argument("config", nargs="?", type=Path, help="TOML file with an [sft] section")
     source.add_argument("--resume", type=Path, metavar="RUN", help="run directory to go on with")
     _add_set(sft)
-    sft.set_defaults(command=_sft)
+    sft.set_defaults(command=commands.sft)
 
     evaluate = verbs.add_parser("eval", help="held-out accuracy of a Hugging Face directory")
     evaluate.add_argument("config", type=Path)
     evaluate.add_argument("--model", type=Path, required=True, help="directory to evaluate")
     _add_set(evaluate)
-    evaluate.set_defaults(command=_eval)
+    evaluate.set_defaults(command=commands.evaluate)
 
     data = verbs.add_parser("demo-data", help="write the demo's prompts, pairs and model config")
     data.add_argument("out", type=Path, help="directory to write to")
     data.add_argument("--seed", type=int, default=0)
-    data.set_defaults(command=_demo_data)
+    data.set_defaults(command=commands.demo_data)
+
+
+def _add_slurm(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    submit = verbs.add_parser("submit", help="the same as Slurm jobs; again: what is missing")
+    submit.add_argument("source", type=Path, help="TOML file of a run, or a run directory")
+    submit.add_argument("--site", type=Path, required=True, help="TOML file of the cluster")
+    submit.add_argument("--dry-run", action="store_true", help="print the batch scripts only")
+    _add_set(submit)
+    submit.set_defaults(command=commands.submit)
+
+    scale = verbs.add_parser("scale", help="more or fewer actors, while the run goes on")
+    scale.add_argument("run", type=Path, help="run directory")
+    scale.add_argument("--actors", type=int, required=True, help="how many from now on")
+    scale.set_defaults(command=commands.scale)
+
+    stop = verbs.add_parser("stop", help="end a run's Slurm jobs; nothing finished is lost")
+    stop.add_argument("run", type=Path, help="run directory")
+    stop.add_argument("--now", action="store_true", help="cancel them, instead of asking them")
+    stop.set_defaults(command=commands.stop)
+
+    init = verbs.add_parser("init", help="copy the batch scripts, site files and configs to edit")
+    init.add_argument("directory", type=Path, help="gets slurm/ and configs/")
+    init.set_defaults(command=commands.init)
+
+
+def _add_doctor(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    doctor = verbs.add_parser("doctor", help="whether a cluster and its site file go together")
+    where = doctor.add_mutually_exclusive_group(required=True)
+    where.add_argument("--site", type=Path, help="TOML file of the cluster")
+    where.add_argument("--inside", type=Path, help=argparse.SUPPRESS)  # a node's part of the trial
+    doctor.add_argument(
+        "--job",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="try what only compute nodes can tell, by a small job of two nodes",
+    )
+    doctor.add_argument(
+        "--wait", type=float, default=600.0, metavar="SECONDS", help="for that job (default: 600)"
+    )
+    doctor.add_argument("--json", action="store_true", help="the findings for a program")
+    doctor.set_defaults(command=commands.doctor)
 
 
 def _add_conversions(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -79,7 +119,7 @@ def _add_conversions(verbs: argparse._SubParsersAction[argparse.ArgumentParser])
     export.add_argument(
         "--model", type=Path, help="where config and tokenizer are (default: the run's model)"
     )
-    export.set_defaults(command=_export)
+    export.set_defaults(command=commands.export_model)
 
     import_ = verbs.add_parser("import", help="a Hugging Face directory becomes a checkpoint")
     import_.add_argument("model", type=Path, help="Hugging Face directory")
@@ -87,22 +127,26 @@ def _add_conversions(verbs: argparse._SubParsersAction[argparse.ArgumentParser])
     import_.add_argument(
         "--dtype", choices=["bfloat16", "float32"], help="of the checkpoint (default: the model's)"
     )
-    import_.set_defaults(command=_import)
+    import_.set_defaults(command=commands.import_model)
 
 
 def _add_looks(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     status = verbs.add_parser("status", help="where a run stands, from its files alone")
     status.add_argument("run", type=Path, help="run directory")
-    status.set_defaults(command=_status)
+    status.set_defaults(command=commands.status)
+
+    watch = verbs.add_parser("watch", help="see a run's steps as they come; Ctrl-C ends nothing")
+    watch.add_argument("run", type=Path, help="run directory")
+    watch.set_defaults(command=commands.watch)
 
     history = verbs.add_parser("history", help="what became of each prompt, as Parquet files")
     history.add_argument("run", type=Path, help="run directory")
     history.add_argument("--out", type=Path, help="directory to write (default: RUN/report)")
-    history.set_defaults(command=_history)
+    history.set_defaults(command=commands.history)
 
     report = verbs.add_parser("report", help="draw a run's curves")
     report.add_argument("run", type=Path, help="run directory")
-    report.set_defaults(command=_report)
+    report.set_defaults(command=commands.report)
 
     check = verbs.add_parser("check", help="the plan of a run and its problems; starts nothing")
     check.add_argument("config", type=Path)
@@ -111,13 +155,23 @@ def _add_looks(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--build", action="store_true", help="also build each learner rank, without memory"
     )
     _add_set(check)
-    check.set_defaults(command=_check)
+    check.set_defaults(command=commands.check)
 
     config = verbs.add_parser("config", help="`config show`: print a config with every value")
     config.add_argument("action", choices=["show"])
     config.add_argument("config", type=Path)
     _add_set(config)
-    config.set_defaults(command=_config_show)
+    config.set_defaults(command=commands.config_show)
+
+
+def _add_job(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """What a batch script runs. Not in the list of commands."""
+    job = verbs.add_parser("job")
+    job.add_argument("kind", choices=["train", "learner", "buffer", "actors"])
+    job.add_argument("--run", type=Path, help="run directory (default: that of the config)")
+    job.add_argument("--config", type=Path, help="make the run from it if it is not there")
+    job.add_argument("--site", type=Path, help="of the cluster (default: the run's copy)")
+    job.set_defaults(command=commands.job)
 
 
 def _add_role(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -129,7 +183,17 @@ def _add_role(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     role.add_argument("--rank", type=int, default=0)
     role.add_argument("--world", type=int, default=1)
     role.add_argument("--model", type=Path)
-    role.set_defaults(command=_role)
+    role.add_argument("--from-slurm", action="store_true", help="rank and world are the step's")
+    role.add_argument("--interface", help="to be reached at, as in ib0 (default: any)")
+    role.add_argument("--ports", type=_port_range, help="A-B: where the buffer may listen")
+    role.add_argument("--idle-exit-s", type=float, help="leave after so long without work")
+    role.add_argument("--final-mark", type=Path, help="written when another start is of no use")
+    role.set_defaults(command=commands.role)
+
+
+def _port_range(text: str) -> range:
+    first, _, last = text.partition("-")
+    return range(int(first), int(last) + 1)
 
 
 def _add_set(verb: argparse.ArgumentParser) -> None:
@@ -141,162 +205,6 @@ def _add_set(verb: argparse.ArgumentParser) -> None:
         metavar="SECTION.KEY=VALUE",
         help="override one value of the config; may be repeated",
     )
-
-
-# ------------------------------------------------------------------ commands
-
-
-def _train(args: argparse.Namespace) -> int:
-    from dapo_hpc.launch import session
-
-    if args.resume:
-        return session.resume(args.resume, args.overrides, "train")
-    return session.train(_load(args), args.config)
-
-
-def _sft(args: argparse.Namespace) -> int:
-    from dapo_hpc.launch import session
-
-    if args.resume:
-        return session.resume(args.resume, args.overrides, "sft")
-    return session.sft(_load(args), args.config)
-
-
-def _eval(args: argparse.Namespace) -> int:
-    from dapo_hpc.launch import session
-
-    return session.evaluate(_load(args), args.model, args.config)
-
-
-def _demo_data(args: argparse.Namespace) -> int:
-    from dapo_hpc.demo import digits
-
-    digits.write(args.out, args.seed)
-    print(digits.description(args.out))
-    return 0
-
-
-def _export(args: argparse.Namespace) -> int:
-    from dapo_hpc.roles.startup import silence_megatron
-
-    silence_megatron()
-    from dapo_hpc.learner import convert
-
-    convert.use_one_thread()
-    print(convert.export_checkpoint(args.source, args.target, step=args.step, model=args.model))
-    return 0
-
-
-def _import(args: argparse.Namespace) -> int:
-    from dapo_hpc.roles.startup import silence_megatron
-
-    silence_megatron()
-    from dapo_hpc.learner import convert
-    from dapo_hpc.learner.model import DTYPES
-
-    convert.use_one_thread()
-    dtype = DTYPES[args.dtype] if args.dtype else None
-    print(convert.import_model(args.model, args.target, dtype=dtype))
-    return 0
-
-
-def _status(args: argparse.Namespace) -> int:
-    from dapo_hpc.observe.status import status_text
-    from dapo_hpc.run_dir import RunDir
-
-    print(status_text(RunDir(args.run)))
-    return 0
-
-
-def _history(args: argparse.Namespace) -> int:
-    from dapo_hpc.buffer.export import export
-    from dapo_hpc.run_dir import RunDir
-
-    run = RunDir(args.run)
-    out = args.out or run.report
-    num_groups, num_responses = export(run, out)
-    print(f"{out}: {num_groups} groups, {num_responses} responses.")
-    return 0
-
-
-def _report(args: argparse.Namespace) -> int:
-    from dapo_hpc.observe import report
-    from dapo_hpc.run_dir import RunDir
-
-    print(report.draw(RunDir(args.run)))
-    return 0
-
-
-def _check(args: argparse.Namespace) -> int:
-    from dapo_hpc.config import ConfigProblems
-    from dapo_hpc.plan import as_json, make_plan, print_plan
-
-    plan = make_plan(_load(args), args.config.parent)
-    if args.build:
-        plan = _built(plan)
-    if args.json:
-        print(as_json(plan))
-    else:
-        print_plan(plan)
-    if plan.problems:
-        raise ConfigProblems(args.config.name, plan.problems)
-    if not args.json:
-        print(f"{args.config}: no problems.")
-    return 0
-
-
-def _built(plan: Plan) -> Plan:
-    from dapo_hpc.roles.startup import silence_megatron
-
-    silence_megatron()
-    try:
-        from dapo_hpc.learner.build_check import with_build
-    except ModuleNotFoundError as absent:
-        raise ValueError(
-            f"dapo check --build needs what the learner needs, and {absent.name} is not installed. "
-            "Leave --build out, or check where the learner runs."
-        ) from None
-    return with_build(plan)
-
-
-def _config_show(args: argparse.Namespace) -> int:
-    from dapo_hpc.config import dump
-
-    print(dump(_load(args)), end="")
-    return 0
-
-
-def _role(args: argparse.Namespace) -> int:
-    """Run one process of a run; whatever goes wrong is the last line of its log."""
-    from importlib import import_module
-
-    from dapo_hpc.config import load
-    from dapo_hpc.observe import log
-    from dapo_hpc.observe.final import refusals_are_final
-    from dapo_hpc.run_dir import RunDir
-
-    own = {
-        "actor": {"index": args.index},
-        "learner": {"rank": args.rank, "world": args.world},
-        "sft": {"rank": args.rank, "world": args.world},
-        "evaluate": {"model": args.model},
-    }.get(args.name, {})
-    number = own.get("index", own.get("rank"))
-    log.setup(args.name if number is None else f"{args.name}-{number}")
-    run = RunDir(args.run)
-    try:
-        with refusals_are_final():
-            config = load(run.config)
-        module = import_module(f"dapo_hpc.roles.{args.name}")
-        return int(module.main(run, config, **own))
-    except Exception as error:
-        log.exit_with_cause(error)
-
-
-def _load(args: argparse.Namespace) -> RunConfig:
-    from dapo_hpc.config import load
-
-    return load(args.config, args.overrides)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_bytes(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     """As write_text. The temporary file lies beside the target, so that the rename is atomic."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process id: that of a container's first process is the same on every node.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)

@@ -54,11 +54,12 @@ def small_config(**changes: object) -> RunConfig:
         "rollout": {"prompts_per_step": 2, "group_size": 2, "max_sequences": 8},
         "learner": {"mini_batches": 1},
         "eval": {"samples": 2},
+        "hardware": {"gpus_per_node": 0},
         "buffer": {"lease_s": 6.0, "heartbeat_s": 0.5, "request_timeout_s": 2.0},
     }
     for dotted, value in changes.items():
         section, key = dotted.split("__")
-        table[section][key] = value
+        table.setdefault(section, {})[key] = value
     return config.parse(table)
 
 

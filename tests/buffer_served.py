@@ -39,7 +39,7 @@ class ServedBuffer:
         )
         self.token = auth.token(run)
         self._context = auth.client_context(run)
-        self._listener = server._listen(0)
+        self._listener = server._listen(range(1))
         self.port = self._listener.getsockname()[1]
         self.service: Service
         self._server: uvicorn.Server

@@ -116,7 +116,7 @@ class World:
         """What the writer does: effects become durable."""
         effects = self.core.take_effects()
         self.disk += [encode_event(event) for event in effects.events]
-        self.records |= effects.payloads
+        self.records |= {k: record.content for k, record in effects.payloads.items()}
         for record_id in effects.freed:
             del self.records[record_id]
         self.notices += effects.notices

@@ -16,7 +16,7 @@ import socket
 import ssl
 from pathlib import Path
 
-from dapo_hpc.buffer.endpoint import local_addresses
+from dapo_hpc.network import local_addresses
 from dapo_hpc.run_dir import RunDir, fsync_directory
 
 CERTIFICATE, KEY, TOKEN = "certificate.pem", "key.pem", "token"

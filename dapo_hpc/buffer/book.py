@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from dapo_hpc.buffer import events as ev
-from dapo_hpc.buffer.group import Group, GroupState, LeaseRecord, StoredResponse
+from dapo_hpc.buffer.group import Chunk, Group, GroupState, LeaseRecord, StoredResponse
 from dapo_hpc.buffer.history import GroupRow
 from dapo_hpc.buffer.index import Index
 from dapo_hpc.buffer.state import Batch, Evaluation, Returned, Rollback, State, Window
@@ -160,10 +160,11 @@ class Book:
         lease = self.state.leases[event.lease_id]
         group = self.state.groups[lease.group_id]
         self._prove(lease, group)
-        self.count("tokens_delivered", sum(chunk.num_tokens for chunk in event.chunks))
-        for chunk in event.chunks:
-            group.partials.setdefault(chunk.index, []).append(chunk)
-            self._record_written(chunk.record_id)
+        self.count("tokens_delivered", sum(event.num_tokens.values()))
+        for index, num_tokens in event.num_tokens.items():
+            group.partials[index] = group.known_tokens(index) + num_tokens
+        group.chunks.append(Chunk(event.record_id, tuple(event.num_tokens), event.versions))
+        self._record_written(event.record_id)
 
     def _on_stored(self, event: ev.Stored) -> None:
         lease = self.state.leases[event.lease_id]
@@ -192,7 +193,7 @@ class Book:
         self.count("tokens_delivered", new_tokens)
         group.responses[response.index] = response
         self.index.count_open(group, 1)
-        self.freed += [chunk.record_id for chunk in group.partials.pop(response.index, ())]
+        self.freed += group.drop_partial(response.index)
         self.count("responses_accepted")
         if response.record_id is not None:
             self._record_written(response.record_id)
@@ -223,8 +224,8 @@ class Book:
 
     def _on_partials_dropped(self, event: ev.PartialsDropped) -> None:
         group = self.state.groups[event.group_id]
-        self.count("tokens_stale", sum(group.known_tokens(index) for index in group.partials))
-        self._free_partials(group)
+        self.count("tokens_stale", sum(group.partials.values()))
+        self.freed += group.drop_partials()
 
     def _on_group_dropped(self, event: ev.GroupDropped) -> None:
         group = self.state.groups[event.group_id]
@@ -241,16 +242,12 @@ class Book:
             self.count(f"tokens_{state}", group.num_tokens())
         if state not in ("ready", "taken"):
             self.freed += [r.record_id for r in group.responses.values() if r.record_id is not None]
-            self._free_partials(group)
+            self.freed += group.drop_partials()
         self.count(f"{group.kind}_{group.state}", -1)
         self.count(f"{group.kind}_{state}")
         self.index.count_open(group, -1)
         group.state = state
         self.index.settle(group)
-
-    def _free_partials(self, group: Group) -> None:
-        self.freed += [c.record_id for chunks in group.partials.values() for c in chunks]
-        group.partials = {}
 
     # batches
 

@@ -29,8 +29,8 @@ MAX_DELAY_S = 5.0
 RETRY_TIMEOUTS = 12
 """A call gives up after this many request time-outs: longer than a successor needs to take over."""
 CONNECT_S = 5.0
-FETCH_GROUPS = 8
-"""Groups in one reply, which bounds its size."""
+FETCH_GROUPS = 2
+"""Groups in one reply: while the buffer encrypts it, nobody else is answered."""
 CALL_HEADER = "dapo-call"
 
 

@@ -7,8 +7,10 @@ the start. Whoever calls must make `take_effects()` durable before it lets the r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from dapo_hpc.buffer import accounting, batches, grants, intake, suspects
 from dapo_hpc.buffer import events as ev
@@ -36,6 +38,7 @@ from dapo_hpc.buffer.messages import (
     TakeReply,
     TakeRequest,
 )
+from dapo_hpc.buffer.segments import Record
 from dapo_hpc.buffer.selection import BufferSettings
 
 __all__ = ["BufferSettings", "Core", "Effects", "LineageFenced", "Prompts"]
@@ -50,7 +53,7 @@ class Effects:
     """What must be on disk before the reply may go out."""
 
     events: list[ev.AnyEvent]
-    payloads: dict[int, bytes]
+    payloads: dict[int, Record]
     freed: list[int]
     """Records no longer needed."""
     notices: list[str]
@@ -82,7 +85,7 @@ class Core:
         """Events and payloads since the last call."""
         desk, book = self.desk, self.book
         if book.forgotten:
-            record_id = desk.write_record(encode_block(book.forgotten))
+            record_id = desk.write_record(Record.of(encode_block(book.forgotten)))
             desk.emit(ev.Archived(record_id=record_id))
             book.forgotten = []
         effects = Effects(desk.events, desk.payloads, book.freed, desk.notices)
@@ -142,11 +145,21 @@ class Core:
         self.tick(now)
         return HeartbeatReply(lost=lost, abort=abort, newest=newest, is_done=view.is_told_done)
 
-    def submit(self, request: SubmitRequest, now: float) -> SubmitReply:
-        """Store what each lease finished. Raises ValueError for a mistake in one of them; those
-        before it are stored."""
+    @staticmethod
+    def seal(request: SubmitRequest) -> list[list[Record]]:
+        """What `submit` would keep, for each lease; any thread."""
+        return [intake.seal(part) for part in request.leases]
+
+    def submit(
+        self, request: SubmitRequest, now: float, sealed: list[list[Record]] | None = None
+    ) -> SubmitReply:
+        """Store what each lease finished, sealed before or here. Raises ValueError for a mistake in
+        one of them; those before it are stored."""
         self.desk.fleet.worked(request.actor, request.stats, now)
-        verdicts = [intake.submit(self.desk, request.actor, part, now) for part in request.leases]
+        verdicts = [
+            intake.submit(self.desk, request.actor, part, records, now)
+            for part, records in zip(request.leases, sealed or self.seal(request), strict=True)
+        ]
         self.tick(now)
         return SubmitReply(verdicts=verdicts)
 
@@ -248,7 +261,7 @@ class Core:
                     "heard_s_ago": round(now - view.last_heard_s, 1),
                     "version": view.version.name if view.version else None,
                     "leases": self.desk.num_held(view.name),
-                    **asdict(view.stats),
+                    **msgspec.to_builtins(view.stats),
                 }
                 for view in self.desk.fleet.views.values()
             },

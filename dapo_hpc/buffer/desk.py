@@ -13,6 +13,7 @@ from dapo_hpc.buffer.book import Book
 from dapo_hpc.buffer.fleet import Fleet
 from dapo_hpc.buffer.forecast import Outlook
 from dapo_hpc.buffer.group import Group, GroupState, LeaseEnd, LeaseRecord
+from dapo_hpc.buffer.segments import Record
 from dapo_hpc.buffer.selection import BufferSettings
 from dapo_hpc.prompts.order import PromptOrder
 from dapo_hpc.records import PolicyVersion, Prompt
@@ -67,8 +68,8 @@ class Desk:
         self.full_since: float | None = None
         """When enough groups for the batch were ready, wherever they lie in the order."""
         self.events: list[ev.AnyEvent] = []
-        self.payloads: dict[int, bytes] = {}
-        """Content of new records, by record id."""
+        self.payloads: dict[int, Record] = {}
+        """New records by their id."""
         self.notices: list[str] = []
         """Sentences for the log."""
         self.audit = Audit()
@@ -85,11 +86,11 @@ class Desk:
         self.book.apply(event)
         self.events.append(event)
 
-    def write_record(self, content: bytes) -> int:
+    def write_record(self, record: Record) -> int:
         """Keep a payload; the id goes into an event of the same request."""
         record_id = self.next_record_id
         self.next_record_id += 1
-        self.payloads[record_id] = content
+        self.payloads[record_id] = record
         return record_id
 
     def extend(self, lease: LeaseRecord, now: float) -> None:

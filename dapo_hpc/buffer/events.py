@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from dapo_hpc.buffer.group import Chunk, GroupState, LeaseEnd, StoredResponse, WasteCause
+from dapo_hpc.buffer.group import GroupState, LeaseEnd, StoredResponse, WasteCause
 from dapo_hpc.buffer.messages import ActorStats
 from dapo_hpc.records import EvalResult, PolicyVersion
 
@@ -40,10 +40,13 @@ class Leased(Event, frozen=True, kw_only=True, tag=True):
 
 
 class Progressed(Event, frozen=True, kw_only=True, tag=True):
-    """New tokens of unfinished responses."""
+    """New tokens of unfinished responses, in one record."""
 
     lease_id: int
-    chunks: list[Chunk]
+    record_id: int
+    num_tokens: dict[int, int]
+    """By index."""
+    versions: tuple[PolicyVersion, ...]
 
 
 class Stored(Event, frozen=True, kw_only=True, tag=True):

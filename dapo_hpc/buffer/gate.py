@@ -50,36 +50,18 @@ def _given(scope: Scope) -> bytes:
     return given
 
 
-class LimitBodies:
-    """Bounds each body, and the sum of all bodies whose requests are not answered yet.
+class Room:
+    """So many bytes that requests share; first come, first served."""
 
-    A request whose body finds no room waits; its bytes stay in the sender's socket meanwhile.
-    """
-
-    def __init__(
-        self, app: ASGIApp, *, limits: Mapping[str, int], default: int, total: int
-    ) -> None:
-        """Bytes: `limits` by path, `default` for other paths, `total` for all together."""
-        self._app = app
-        self._limits, self._default, self._total = limits, default, total
+    def __init__(self, total: int) -> None:
+        self._total = total
         self._held = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        limit = min(self._limits.get(scope["path"], self._default), self._total)
-        size, refusal = _declared_size(scope, limit)
-        if refusal is not None:
-            await _refuse(*refusal, scope, receive, send)
-            return
-        async with self._room(size):
-            await self._app(scope, _timed(receive), send)
-
     @asynccontextmanager
-    async def _room(self, size: int) -> AsyncIterator[None]:
-        """Hold `size` bytes; first come, first served."""
+    async def held(self, size: int) -> AsyncIterator[None]:
+        """Hold `size` bytes, or all there are, when there is room for them."""
+        size = min(size, self._total)
         if self._waiting or self._held + size > self._total:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append((size, turn))
@@ -108,6 +90,33 @@ class LimitBodies:
             self._waiting.popleft()
 
 
+class LimitBodies:
+    """Bounds each body, and the sum of all bodies whose requests are not answered yet.
+
+    A request whose body finds no room waits; its bytes stay in the sender's socket meanwhile.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, limits: Mapping[str, int], default: int, total: int
+    ) -> None:
+        """Bytes: `limits` by path, `default` for other paths, `total` for all together."""
+        self._app = app
+        self._limits, self._default, self._total = limits, default, total
+        self._room = Room(total)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limit = min(self._limits.get(scope["path"], self._default), self._total)
+        size, refusal = _declared_size(scope, limit)
+        if refusal is not None:
+            await _refuse(*refusal, scope, receive, send)
+            return
+        async with self._room.held(size):
+            await self._app(scope, _timed(receive), send)
+
+
 def _declared_size(scope: Scope, limit: int) -> tuple[int, tuple[int, str] | None]:
     """(bytes of the body, None), or (0, (status, sentence))."""
     headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -133,7 +142,8 @@ def _timed(receive: Receive) -> Receive:
         nonlocal is_complete
         if is_complete:
             return await receive()
-        message = await asyncio.wait_for(receive(), BODY_S)
+        async with asyncio.timeout(BODY_S):
+            message = await receive()
         is_complete = not message.get("more_body", False)
         return message
 

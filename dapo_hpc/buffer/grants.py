@@ -10,7 +10,7 @@ from dapo_hpc.buffer import events as ev
 from dapo_hpc.buffer import exhaustion, selection, suspects
 from dapo_hpc.buffer.desk import Desk
 from dapo_hpc.buffer.fleet import ActorView
-from dapo_hpc.buffer.group import Chunk, Group, LeaseRecord
+from dapo_hpc.buffer.group import Group, LeaseRecord
 from dapo_hpc.buffer.messages import decode
 from dapo_hpc.records import Lease, PartialResponse, PolicyVersion, VersionSpan
 
@@ -205,24 +205,23 @@ def _lease_message(desk: Desk, lease: LeaseRecord) -> Lease:
         kind=group.kind,
         attempt=len(group.lease_ids) - 1,
         prompt=table[group.row],
-        missing=tuple(_known(desk, group, index) for index in desk.book.unfilled(lease)),
+        missing=_known(desk, group, desk.book.unfilled(lease)),
         version=group.version,
         lease_s=desk.settings.lease_s,
     )
 
 
-def _known(desk: Desk, group: Group, index: int) -> PartialResponse:
-    """What is stored of an unfinished response."""
-    chunks = group.partials.get(index, [])
-    return join_chunks(index, [_read_chunk(desk, chunk) for chunk in chunks])
+def _known(desk: Desk, group: Group, indices: list[int]) -> tuple[PartialResponse, ...]:
+    """What is stored of unfinished responses."""
+    pieces: dict[int, list[PartialResponse]] = {index: [] for index in indices}
+    for chunk in group.chunks:
+        for part in decode(desk.read_record(chunk.record_id), list[PartialResponse]):
+            if part.index in pieces:
+                pieces[part.index].append(part)
+    return tuple(join_pieces(index, parts) for index, parts in pieces.items())
 
 
-def _read_chunk(desk: Desk, chunk: Chunk) -> PartialResponse:
-    part: PartialResponse = decode(desk.read_record(chunk.record_id), PartialResponse)
-    return part
-
-
-def join_chunks(index: int, parts: list[PartialResponse]) -> PartialResponse:
+def join_pieces(index: int, parts: list[PartialResponse]) -> PartialResponse:
     """One response out of its consecutive pieces."""
     spans: list[VersionSpan] = []
     for span in (span for part in parts for span in part.spans):

@@ -68,13 +68,13 @@ class StoredResponse(msgspec.Struct, frozen=True, kw_only=True):
     """All that sampled a token of it."""
 
 
-class Chunk(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of an unfinished response, from one heartbeat."""
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """A record with new tokens of unfinished responses: what one heartbeat brought of a group."""
 
-    index: int
     record_id: int
-    num_tokens: int
+    indices: tuple[int, ...]
     versions: tuple[PolicyVersion, ...]
+    """All that sampled a token of it."""
 
 
 class LeaseRecord(msgspec.Struct, kw_only=True):
@@ -116,7 +116,10 @@ class Group(msgspec.Struct, kw_only=True):
     lease_ids: list[int] = []
     """All leases granted, oldest first."""
     responses: dict[int, StoredResponse] = {}
-    partials: dict[int, list[Chunk]] = {}
+    partials: dict[int, int] = {}
+    """Stored tokens of each unfinished response."""
+    chunks: list[Chunk] = []
+    """Where these lie, oldest first."""
     step: int | None = None
     """The batch that holds it."""
 
@@ -147,24 +150,40 @@ class Group(msgspec.Struct, kw_only=True):
 
     def known_tokens(self, index: int) -> int:
         """Tokens of an unfinished response that are stored."""
-        return sum(chunk.num_tokens for chunk in self.partials.get(index, ()))
+        return self.partials.get(index, 0)
 
     def num_tokens(self) -> int:
         """All stored tokens, of finished and unfinished responses."""
-        return sum(r.num_tokens for r in self.responses.values()) + sum(
-            self.known_tokens(index) for index in self.partials
-        )
+        return sum(r.num_tokens for r in self.responses.values()) + sum(self.partials.values())
 
     def response_versions(self) -> set[PolicyVersion]:
         return {v for response in self.responses.values() for v in response.versions}
 
     def partial_versions(self) -> set[PolicyVersion]:
-        return {v for chunks in self.partials.values() for c in chunks for v in c.versions}
+        return {version for chunk in self.chunks for version in chunk.versions}
+
+    def drop_partial(self, index: int) -> list[int]:
+        """Forget the tokens of an unfinished response. Returns the records nothing else needs."""
+        if self.partials.pop(index, None) is None:
+            return []
+        chunks, self.chunks = self.chunks, []
+        freed = []
+        for chunk in chunks:
+            if self.partials.keys().isdisjoint(chunk.indices):
+                freed.append(chunk.record_id)
+            else:
+                self.chunks.append(chunk)
+        return freed
+
+    def drop_partials(self) -> list[int]:
+        """Forget those of all. Returns the records."""
+        chunks, self.chunks, self.partials = self.chunks, [], {}
+        return [chunk.record_id for chunk in chunks]
 
     def record_ids(self) -> list[int]:
         """Payload records this group needs."""
         stored = [r.record_id for r in self.responses.values() if r.record_id is not None]
-        return stored + [c.record_id for chunks in self.partials.values() for c in chunks]
+        return stored + [chunk.record_id for chunk in self.chunks]
 
     def summary(self, num_prompt_tokens: int) -> GroupSummary:
         """What the learner plans with. The group must be complete."""

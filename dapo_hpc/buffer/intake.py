@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -12,7 +11,6 @@ from dapo_hpc.buffer import events as ev
 from dapo_hpc.buffer import suspects
 from dapo_hpc.buffer.desk import Desk
 from dapo_hpc.buffer.group import (
-    Chunk,
     Group,
     GroupState,
     LeaseEnd,
@@ -29,6 +27,7 @@ from dapo_hpc.buffer.messages import (
     Verdict,
     encode,
 )
+from dapo_hpc.buffer.segments import Record
 from dapo_hpc.records import PartialResponse, PolicyVersion, Response, VersionSpan
 
 
@@ -70,8 +69,17 @@ def release(desk: Desk, request: ReleaseRequest) -> None:
         suspects.park_if_due(desk, desk.book.state.groups[lease.group_id])
 
 
-def submit(desk: Desk, actor: str, finished: LeaseResponses, now: float) -> list[Verdict]:
+def seal(finished: LeaseResponses) -> list[Record]:
+    """What would be kept of each response. Any thread: it takes as long as all the rest."""
+    return [Record.of(encode(response)) for response in finished.responses]
+
+
+def submit(
+    desk: Desk, actor: str, finished: LeaseResponses, records: list[Record], now: float
+) -> list[Verdict]:
     """Store finished responses of a lease; safe to repeat. Nothing is stored if any is wrong.
+
+    `records` are the sealed responses.
 
     Raises:
         ValueError: foreign lease or index, malformed content, or other content for a stored
@@ -81,16 +89,17 @@ def submit(desk: Desk, actor: str, finished: LeaseResponses, now: float) -> list
     if lease is None:
         return ["fenced"] * len(finished.responses)
     group = desk.book.state.groups[lease.group_id]
-    digests = [_checked(desk, lease, response) for response in finished.responses]
+    for response in finished.responses:
+        _check(desk, lease, response)
     if len({r.index for r in finished.responses}) != len(finished.responses):
         raise ValueError(f"lease {lease.lease_id}: a submit names a response index twice.")
     verdicts = [
-        _verdict(desk, lease, group, response, sha256)
-        for response, (_, sha256) in zip(finished.responses, digests, strict=True)
+        _verdict(desk, lease, group, response, record)
+        for response, record in zip(finished.responses, records, strict=True)
     ]
     fresh = [
-        _stored(desk, lease, group, response, *digest)
-        for response, digest, verdict in zip(finished.responses, digests, verdicts, strict=True)
+        _stored(desk, lease, group, response, record)
+        for response, record, verdict in zip(finished.responses, records, verdicts, strict=True)
         if verdict == "stored" and response.index not in group.responses
     ]
     fenced = [r for r, v in zip(finished.responses, verdicts, strict=True) if v == "fenced"]
@@ -116,8 +125,8 @@ def _lease_of(desk: Desk, actor: str, lease_id: int) -> LeaseRecord | None:
     return lease
 
 
-def _checked(desk: Desk, lease: LeaseRecord, response: Response) -> tuple[bytes, bytes]:
-    """(content, sha256) of a well-formed response. Raises ValueError otherwise."""
+def _check(desk: Desk, lease: LeaseRecord, response: Response) -> None:
+    """Raises ValueError unless a response is well-formed."""
     where = f"lease {lease.lease_id}, response {response.index}"
     if response.index not in lease.indices:
         raise ValueError(f"{where}: the lease is for responses {lease.indices}.")
@@ -126,8 +135,6 @@ def _checked(desk: Desk, lease: LeaseRecord, response: Response) -> tuple[bytes,
     _check_tokens(desk, where, response, 0)
     if not math.isfinite(response.reward):
         raise ValueError(f"{where}: the reward is {response.reward}; it must be a finite number.")
-    content = encode(response)
-    return content, hashlib.sha256(content).digest()
 
 
 def _check_tokens(desk: Desk, where: str, sampled: Response | PartialResponse, first: int) -> None:
@@ -158,11 +165,11 @@ def check_published(desk: Desk, where: str, version: PolicyVersion) -> None:
 
 
 def _verdict(
-    desk: Desk, lease: LeaseRecord, group: Group, response: Response, sha256: bytes
+    desk: Desk, lease: LeaseRecord, group: Group, response: Response, record: Record
 ) -> Verdict:
     stored = group.responses.get(response.index)
     if stored is not None and stored.lease_id == lease.lease_id:
-        if stored.sha256 != sha256:
+        if stored.sha256 != record.sha256:
             raise ValueError(
                 f"lease {lease.lease_id}: response {response.index} of group {group.group_id} is "
                 "already stored with other content; a finished response never changes."
@@ -181,13 +188,13 @@ def _is_usable(desk: Desk, group: Group, version: PolicyVersion) -> bool:
 
 
 def _stored(
-    desk: Desk, lease: LeaseRecord, group: Group, response: Response, content: bytes, sha256: bytes
+    desk: Desk, lease: LeaseRecord, group: Group, response: Response, record: Record
 ) -> StoredResponse:
     return StoredResponse(
         index=response.index,
         lease_id=lease.lease_id,
-        record_id=desk.write_record(content) if group.kind == "train" else None,
-        sha256=sha256,
+        record_id=desk.write_record(record) if group.kind == "train" else None,
+        sha256=record.sha256,
         num_tokens=len(response.token_ids),
         reward=response.reward,
         is_correct=response.is_correct,
@@ -196,7 +203,7 @@ def _stored(
     )
 
 
-def _versions(spans: Sequence[VersionSpan]) -> tuple[PolicyVersion, ...]:
+def _versions(spans: Iterable[VersionSpan]) -> tuple[PolicyVersion, ...]:
     return tuple(dict.fromkeys(span.version for span in spans))
 
 
@@ -283,14 +290,19 @@ def _progress(desk: Desk, lease: LeaseRecord, progress: LeaseProgress) -> None:
         if part.index not in group.responses
     ]
     fresh = [part for part in fresh if len(part.token_ids)]
-    is_usable = all(_is_usable(desk, group, s.version) for part in fresh for s in part.spans)
+    num_tokens = {part.index: len(part.token_ids) for part in fresh}
+    versions = _versions(span for part in fresh for span in part.spans)
+    is_usable = all(_is_usable(desk, group, version) for version in versions)
     if fresh and may_fill and is_usable:
-        desk.emit(
-            ev.Progressed(lease_id=lease.lease_id, chunks=[_chunk(desk, part) for part in fresh])
+        event = ev.Progressed(
+            lease_id=lease.lease_id,
+            record_id=desk.write_record(Record.of(encode(fresh))),
+            num_tokens=num_tokens,
+            versions=versions,
         )
+        desk.emit(event)
         return
-    cause: WasteCause | None = None if is_usable else "quarantined"
-    _count_late(desk, lease, group, {part.index: len(part.token_ids) for part in fresh}, cause)
+    _count_late(desk, lease, group, num_tokens, None if is_usable else "quarantined")
     if not is_usable and lease.state == "live":
         desk.end_lease(lease, "aborted")
 
@@ -342,13 +354,4 @@ def cut_start(part: PartialResponse, offset: int, start: int) -> PartialResponse
         token_ids=token_ids,
         rollout_logprobs=part.rollout_logprobs[start - offset :],
         spans=tuple(spans) if len(token_ids) else (),
-    )
-
-
-def _chunk(desk: Desk, part: PartialResponse) -> Chunk:
-    return Chunk(
-        index=part.index,
-        record_id=desk.write_record(encode(part)),
-        num_tokens=len(part.token_ids),
-        versions=_versions(part.spans),
     )

@@ -19,7 +19,7 @@ from dapo_hpc.buffer import wal
 from dapo_hpc.buffer.segments import Location
 
 FILE = "ledger.sqlite"
-FORMAT = 1
+FORMAT = 2
 """Of the rows and of what is encoded in them; +1 with every change an older program cannot read."""
 NO_DAMAGE = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL)
 """Errors that say nothing about what the file holds."""

@@ -10,14 +10,12 @@ import asyncio
 import logging
 import resource
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -27,7 +25,8 @@ from starlette.routing import Route
 from dapo_hpc.buffer import events as ev
 from dapo_hpc.buffer import messages as msg
 from dapo_hpc.buffer.core import Core, LineageFenced
-from dapo_hpc.buffer.gate import ADMITTED, LimitBodies, RequireToken
+from dapo_hpc.buffer.gate import ADMITTED, LimitBodies, RequireToken, Room
+from dapo_hpc.buffer.requests import call_id_of, read, sealed_submit
 from dapo_hpc.buffer.writer import Job, Writer
 from dapo_hpc.run_dir import RunDir, write_json
 
@@ -39,8 +38,9 @@ MAX_BODY_BYTES = 64 * 2**10
 """The longest body of any other."""
 MAX_BODIES_BYTES = 2**30
 """Of all requests that are not answered yet."""
-MAX_CALL_ID = 64
-"""Characters."""
+WRITING_BYTES = 6 * 2**20
+"""Of submits that are decided and not on disk yet. Replies leave in the order of the decisions, so
+a heartbeat waits for these, and for no other submit."""
 MAX_WAIT_S = 300.0
 """Longest time a request is held, whatever it asks for."""
 TICK_S = 0.2
@@ -51,10 +51,9 @@ OWNER_S = 1.0
 """Between two looks for a newer owner when there is nothing to write. A buffer that nobody speaks
 to any more, because a successor was here and died, must end, so that it is started again."""
 SNAPSHOT_EVENTS = 100_000
-"""Events in the ledger from one snapshot to the next, where no commit asks for one before."""
+"""Events in the ledger from one snapshot to the next, if no commit is cause for one before."""
 LINGER_S = 10.0
 """After the run is complete and every live actor was told."""
-CALL_HEADER = "dapo-call"
 
 
 class Service:
@@ -77,6 +76,7 @@ class Service:
         self._incarnation = incarnation
         self._on_fatal = on_fatal
         self._clock = clock
+        self._writing = Room(WRITING_BYTES)
         self._news = asyncio.Event()
         self._wakeups = core.book.wakeups
         self._is_draining = False
@@ -84,8 +84,10 @@ class Service:
         self._said: set[str] = set()
         self.is_over = asyncio.Event()
         """The run is complete, everybody was told, and the time to linger is over."""
-        self._num_events = 0
+        self._num_events = self._event_bytes = 0
         """Since the last snapshot."""
+        self._snapshot_bytes = 0
+        """Of the last snapshot."""
         self.routes = self._build_routes()
         self.app = self._build_app(token)
 
@@ -152,8 +154,8 @@ class Service:
     # actors
 
     async def _lease(self, request: Request) -> Response:
-        asked = await _read(request, msg.LeaseRequest)
-        call_id = _call_id(request)
+        asked = await read(request, msg.LeaseRequest)
+        call_id = call_id_of(request)
         until = self._clock() + min(asked.wait_s, MAX_WAIT_S)
         while not await request.is_disconnected():
             reply = self._core.lease(asked, self._clock(), call_id)
@@ -162,7 +164,7 @@ class Service:
         return Response(status_code=204)
 
     async def _heartbeat(self, request: Request) -> Response:
-        asked = await _read(request, msg.HeartbeatRequest)
+        asked = await read(request, msg.HeartbeatRequest)
         reply = self._core.heartbeat(asked, self._clock())
         written = self._hand_over()
         if not is_quick(asked, reply):
@@ -170,22 +172,24 @@ class Service:
         return _packed(reply)
 
     async def _submit(self, request: Request) -> Response:
-        asked = await _read(request, msg.SubmitRequest)
-        return await self._reply(self._core.submit(asked, self._clock()))
+        body = await request.body()
+        asked, sealed = await asyncio.to_thread(sealed_submit, body)
+        async with self._writing.held(len(body)):
+            return await self._reply(self._core.submit(asked, self._clock(), sealed))
 
     async def _release(self, request: Request) -> Response:
-        asked = await _read(request, msg.ReleaseRequest)
+        asked = await read(request, msg.ReleaseRequest)
         self._core.release(asked, self._clock())
         return await self._reply(msg.Empty())
 
     # the learner
 
     async def _register(self, request: Request) -> Response:
-        asked = await _read(request, msg.RegisterRequest)
+        asked = await read(request, msg.RegisterRequest)
         return await self._reply(self._core.register(asked, self._clock()))
 
     async def _take(self, request: Request) -> Response:
-        asked = await _read(request, msg.TakeRequest)
+        asked = await read(request, msg.TakeRequest)
         until = self._clock() + min(asked.wait_s, MAX_WAIT_S)
         while True:
             reply = self._core.take(asked, self._clock())
@@ -194,25 +198,25 @@ class Service:
         return await self._reply(replace(reply, metrics=reply.metrics | _process_metrics()))
 
     async def _fetch(self, request: Request) -> Response:
-        asked = await _read(request, msg.FetchRequest)
-        return _packed(await asyncio.to_thread(self._core.fetch, asked))
+        asked = await read(request, msg.FetchRequest)
+        return await asyncio.to_thread(lambda: _packed(self._core.fetch(asked)))
 
     async def _publish(self, request: Request) -> Response:
-        asked = await _read(request, msg.PublishRequest)
+        asked = await read(request, msg.PublishRequest)
         self._core.publish(asked, self._clock())
         return await self._reply(msg.Empty())
 
     async def _commit(self, request: Request) -> Response:
-        asked = await _read(request, msg.CommitRequest)
+        asked = await read(request, msg.CommitRequest)
         self._core.commit(asked, self._clock())
-        return await self._reply(msg.Empty(), is_snapshot=True)
+        return await self._reply(msg.Empty(), is_commit=True)
 
     async def _evaluations(self, request: Request) -> Response:
-        await _read(request, msg.Empty)
+        await read(request, msg.Empty)
         return await self._reply(self._core.evaluations(self._clock()))
 
     async def _finish(self, request: Request) -> Response:
-        self._core.finish(await _read(request, msg.FinishRequest))
+        self._core.finish(await read(request, msg.FinishRequest))
         return await self._reply(msg.Empty())
 
     async def _status(self, _: Request) -> Response:
@@ -220,17 +224,17 @@ class Service:
 
     # durability
 
-    async def _reply(self, reply: Any, *, is_snapshot: bool = False) -> Response:
+    async def _reply(self, reply: Any, *, is_commit: bool = False) -> Response:
         """Answer once everything decided so far is on disk."""
-        await self._hand_over(is_snapshot=is_snapshot)
+        await self._hand_over(is_commit=is_commit)
         return _packed(reply)
 
-    def _hand_over(self, *, is_snapshot: bool = False) -> asyncio.Future[None]:
+    def _hand_over(self, *, is_commit: bool = False) -> asyncio.Future[None]:
         """Give the core's effects to the writer. The future is done when they are durable."""
         effects = self._core.take_effects()
-        self._num_events += len(effects.events)
-        is_snapshot = is_snapshot or self._num_events >= SNAPSHOT_EVENTS
-        self._num_events = 0 if is_snapshot else self._num_events
+        events = [ev.encode_event(event) for event in effects.events]
+        self._num_events += len(events)
+        self._event_bytes += sum(map(len, events))
         for notice in effects.notices:
             log.warning("%s", notice)
         self._is_changed = True
@@ -241,14 +245,25 @@ class Service:
         written: asyncio.Future[None] = loop.create_future()
         self._writer.put(
             Job(
-                events=[ev.encode_event(event) for event in effects.events],
+                events=events,
                 payloads=effects.payloads,
                 freed=effects.freed,
-                snapshot=self._core.book.snapshot() if is_snapshot else None,
+                snapshot=self._state_if_due(is_commit=is_commit),
                 done=partial(_resolve_from_thread, loop, written),
             )
         )
         return written
+
+    def _state_if_due(self, *, is_commit: bool) -> bytes | None:
+        """A snapshot: at a commit, which has just forgotten much, once the events since the last
+        take as much room as that did. So it costs no more than they do, however large the state."""
+        is_worth_it = is_commit and self._event_bytes >= self._snapshot_bytes
+        if not (is_worth_it or self._num_events >= SNAPSHOT_EVENTS):
+            return None
+        snapshot = self._core.book.snapshot()
+        self._snapshot_bytes = len(snapshot)
+        self._num_events = self._event_bytes = 0
+        return snapshot
 
     async def _wait(self, until: float) -> bool:
         """Sleep until something happened. False: the time is over, or the service drains."""
@@ -331,25 +346,6 @@ class Service:
         """Anything but a caller's mistake: what is in memory may be wrong, so end the process."""
         self._on_fatal(error)
         return PlainTextResponse(str(error), status_code=500)
-
-
-async def _read(request: Request, kind: type) -> Any:
-    """The message in a body. Raises ValueError for any other body."""
-    body = await request.body()
-    try:
-        return msg.decode(body, kind)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ValueError(f"the body is not a {kind.__name__}: {error}") from None
-
-
-def _call_id(request: Request) -> str:
-    """What names this call and its repetitions."""
-    call_id = request.headers.get(CALL_HEADER) or uuid.uuid4().hex
-    if len(call_id) > MAX_CALL_ID:
-        raise ValueError(
-            f"the header {CALL_HEADER} has {len(call_id)} characters; at most {MAX_CALL_ID}."
-        )
-    return call_id
 
 
 async def _no_endpoint(request: Request, error: Exception) -> Response:

@@ -12,24 +12,29 @@ import logging
 import sqlite3
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dapo_hpc.buffer.ledger import Ledger
-from dapo_hpc.buffer.segments import HEADER, NO_SPACE, Location, PayloadCorrupt, Segments
+from dapo_hpc.buffer.segments import HEADER, NO_SPACE, Location, PayloadCorrupt, Record, Segments
 
 log = logging.getLogger(__name__)
 
-GATHER_S = 0.02
+GATHER_S = 0.005
 """Least time between the starts of two group commits; a lone request never waits for it."""
 FULL_RETRY_S = 1.0
 """Between two attempts while the disk is full."""
+GROUP_BYTES = 4 * 2**20
+"""Of payload in one group commit, the request that exceeds it included: a heartbeat waits for the
+commit under way, and for its own."""
 LOG_EVERY = 30
 """Attempts from one line in the log to the next."""
 SPARSE_FRAC = 0.25
 """A segment of whose bytes no more than this share is needed is rewritten."""
+MOVED_BYTES = 2**20
+"""Of records rewritten in one group commit, the one that exceeds it included."""
 DATA_LOST = "The file system lost data; this run's buffer cannot be continued."
 
 
@@ -42,7 +47,7 @@ class Job:
     """What one request must have on disk before its reply."""
 
     events: list[bytes]
-    payloads: dict[int, bytes]
+    payloads: dict[int, Record]
     freed: list[int]
     snapshot: bytes | None
     """Of the state behind all events up to this job, these included."""
@@ -56,6 +61,11 @@ class Job:
     @property
     def is_empty(self) -> bool:
         return not (self.events or self.payloads or self.freed or self.snapshot)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its payloads."""
+        return sum(len(record.content) for record in self.payloads.values())
 
 
 def _nothing() -> None:
@@ -72,15 +82,17 @@ class Store:
         self._live: Counter[str] = Counter()
         """Bytes of records that are needed, their headers included, by segment."""
         self._count_live(self._locations.values(), 1)
-        self.unwritten: dict[int, bytes] = {}
+        self.unwritten: dict[int, Record] = {}
         """Payloads handed to the writer that are not on disk yet."""
+        self._to_move: list[int] = []
+        """Records of a sparse segment that go to the newest."""
 
     def read(self, record_id: int) -> bytes:
         """Any thread. Raises KeyError for a freed record, PayloadCorrupt for a damaged one."""
         while True:
-            content = self.unwritten.get(record_id)
-            if content is not None:
-                return content
+            record = self.unwritten.get(record_id)
+            if record is not None:
+                return record.content
             place = self._locations[record_id]
             try:
                 return self._segments.read(place)
@@ -134,7 +146,9 @@ class Store:
         payloads = {k: v for job in jobs for k, v in job.payloads.items()}
         freed = [record_id for job in jobs for record_id in job.freed]
         events = [event for job in jobs for event in job.events]
-        moved = {} if jobs[-1].snapshot is None else self._sparse_records(set(freed))
+        if jobs[-1].snapshot is not None and not self._to_move:
+            self._to_move = self._sparse_records()
+        moved = self._moved(set(freed))
         locations = self._append(payloads | moved)
         try:
             self._ledger.write(events, locations, freed, jobs[-1].snapshot)
@@ -144,6 +158,7 @@ class Store:
             if locations:
                 self._segments.take_back()
             raise DiskFull(str(error)) from error
+        self._to_move = [record_id for record_id in self._to_move if record_id not in moved]
         self._count_live((self._locations[record_id] for record_id in moved), -1)
         self._locations.update(locations)
         self._count_live(locations.values(), 1)
@@ -165,7 +180,7 @@ class Store:
         self._ledger.close()
         self._segments.close()
 
-    def _append(self, payloads: dict[int, bytes]) -> dict[int, Location]:
+    def _append(self, payloads: dict[int, Record]) -> dict[int, Location]:
         if not payloads:
             return {}
         try:
@@ -173,15 +188,15 @@ class Store:
         except OSError as error:
             raise _full_or(error) from error
         try:
-            locations = {k: self._segments.append(content) for k, content in payloads.items()}
+            places = self._segments.append(payloads.values())
         except OSError as error:
             full = _full_or(error)
             self._segments.take_back()
             raise full from error
         self._segments.sync()
-        return locations
+        return dict(zip(payloads, places, strict=True))
 
-    def _sparse_records(self, freed: set[int]) -> dict[int, bytes]:
+    def _sparse_records(self) -> list[int]:
         """What is still needed of the emptiest segment, if that is little: it moves to the newest.
 
         One long-lived record would otherwise keep a whole file on disk.
@@ -193,12 +208,21 @@ class Store:
         }
         emptiest = min(shares, key=lambda segment: shares[segment], default="")
         if not emptiest or shares[emptiest] > SPARSE_FRAC:
-            return {}
-        return {
-            record_id: self._segments.read(place)
-            for record_id, place in self._locations.items()
-            if place.segment == emptiest and record_id not in freed
-        }
+            return []
+        return [k for k, place in self._locations.items() if place.segment == emptiest]
+
+    def _moved(self, freed: set[int]) -> dict[int, Record]:
+        """The next of them, and no more than a group commit has time for."""
+        self._to_move = [k for k in self._to_move if k in self._locations and k not in freed]
+        moved: dict[int, Record] = {}
+        num_bytes = 0
+        for record_id in self._to_move:
+            if num_bytes >= MOVED_BYTES:
+                break
+            place = self._locations[record_id]
+            moved[record_id] = Record(self._segments.read(place), place.sha256)
+            num_bytes += place.length
+        return moved
 
     def _count_live(self, places: Iterable[Location], sign: int) -> None:
         for place in places:
@@ -226,7 +250,8 @@ class Writer(threading.Thread):
         self._full_mark = full_mark
         self._check_owner = check_owner
         self._on_fatal = on_fatal
-        self._jobs: list[Job] = []
+        self._jobs: deque[Job] = deque()
+        self._queued_bytes = 0
         self._changed = threading.Condition(threading.RLock())
         self._is_stopping = False
         self._last_commit_s = 0.0
@@ -236,6 +261,7 @@ class Writer(threading.Thread):
         self._store.unwritten.update(job.payloads)
         with self._changed:
             self._jobs.append(job)
+            self._queued_bytes += job.num_bytes
             self._changed.notify()
 
     def stop(self) -> None:
@@ -256,11 +282,15 @@ class Writer(threading.Thread):
             self._on_fatal(error)
 
     def take(self) -> list[Job]:
-        """Everything queued, up to the first snapshot; does not wait."""
+        """What is queued, up to the first snapshot or GROUP_BYTES of payload; does not wait."""
+        jobs: list[Job] = []
+        num_bytes = 0
         with self._changed:
-            last = next((i for i, job in enumerate(self._jobs) if job.snapshot), len(self._jobs))
-            jobs, self._jobs = self._jobs[: last + 1], self._jobs[last + 1 :]
-            return jobs
+            while self._jobs and num_bytes < GROUP_BYTES and not (jobs and jobs[-1].snapshot):
+                jobs.append(self._jobs.popleft())
+                num_bytes += jobs[-1].num_bytes
+            self._queued_bytes -= num_bytes
+        return jobs
 
     def attempt(self, jobs: list[Job]) -> None:
         """Try once to make a group durable; afterwards its replies may go.
@@ -284,9 +314,12 @@ class Writer(threading.Thread):
             return self.take()
 
     def _gather(self) -> None:
-        """In a burst, let more requests join the group."""
+        """In a burst, let more requests join the group, unless it is full."""
         until = self._last_commit_s + GATHER_S
-        while not self._is_stopping and (left_s := until - time.monotonic()) > 0:
+        while not self._is_stopping and self._queued_bytes < GROUP_BYTES:
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                break
             self._changed.wait(left_s)
         self._last_commit_s = time.monotonic()
 

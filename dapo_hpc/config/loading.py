@@ -51,7 +51,7 @@ def parse(
     try:
         config = RunConfig.model_validate(table)
     except ValidationError as error:
-        problems += [_sentence(dict(item)) for item in error.errors()]
+        problems += sentences(error, RunConfig)
         problems += _cross_checks_of_the_rest(table, error)
         raise ConfigProblems(source, problems) from None
     problems += cross_checks(config)
@@ -66,9 +66,14 @@ def dump(config: RunConfig) -> str:
 
 
 def known_keys() -> list[str]:
-    """Every dotted key a TOML file may set."""
+    """Every dotted key a TOML file of a run may set."""
+    return keys_of(RunConfig)
+
+
+def keys_of(root: type[Section]) -> list[str]:
+    """Every dotted key of a file with these tables."""
     keys: list[str] = []
-    for name, field in RunConfig.model_fields.items():
+    for name, field in root.model_fields.items():
         section = _section_class(field.annotation)
         keys += [f"{name}.{key}" for key in section.model_fields] if section else [name]
     return keys
@@ -131,20 +136,26 @@ def _apply_override(table: dict[str, Any], text: str, problems: list[str]) -> No
     table.setdefault(section, {})[key] = parsed
 
 
-def _sentence(error: dict[str, Any]) -> str:
-    """One problem in the house form: what, the value, what was expected."""
+def sentences(error: ValidationError, root: type[Section]) -> list[str]:
+    """Every problem of a file with these tables in the house form: what, the value, what was
+    expected."""
+    return [_sentence(dict(item), root) for item in error.errors()]
+
+
+def _sentence(error: dict[str, Any], root: type[Section]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key}{_suggestion(key)}"
+        return f"unknown key {key}{_suggestion(key, root)}"
     if error["type"] == "missing":
         return f"{key} is missing; it has no default, set it."
-    reason = error["msg"][0].lower() + error["msg"][1:]
+    message = error["msg"].removeprefix("Value error, ")
+    reason = message[0].lower() + message[1:]
     return f"{key} = {error['input']!r}: {reason}."
 
 
-def _suggestion(key: str) -> str:
+def _suggestion(key: str, root: type[Section]) -> str:
     """The closest spelling of the last part, of the same section if there is a choice."""
-    known = known_keys() if "." in key else list(RunConfig.model_fields)
+    known = keys_of(root) if "." in key else list(root.model_fields)
     section, _, leaf = key.rpartition(".")
     leaves = [k.rpartition(".")[2] for k in known]
     near = difflib.get_close_matches(leaf, leaves, n=1)

@@ -299,13 +299,16 @@ class HardwareSection(Section):
 
 
 class LaunchSection(Section):
-    """The local launcher."""
+    """The launchers: on this machine, and inside a Slurm job."""
 
     max_restarts: NonNegative = 3
     """A process that dies is restarted in place; after so many deaths without a further step of the
     run, the run stops."""
     stop_s: PositiveFloat = 8.0
     """Processes that are asked to stop are killed after this long."""
+    max_job_starts: Positive = 5
+    """Slurm: so many starts of the learner's job without a further step of the run; then it stops.
+    The same of each job of actors that fails."""
 
 
 Profile = Literal["paper", "verl", "default"]

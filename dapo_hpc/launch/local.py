@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 from dapo_hpc.config import RunConfig
+from dapo_hpc.launch.fleet import COMPLETE as COMPLETE
+from dapo_hpc.launch.fleet import FAILED as FAILED
+from dapo_hpc.launch.fleet import INTERRUPTED as INTERRUPTED
+from dapo_hpc.launch.fleet import Fleet, Stage
+from dapo_hpc.launch.fleet import StopRequest as StopRequest
 from dapo_hpc.launch.process import RoleCommand, RoleProcess, role_words
-from dapo_hpc.launch.supervise import Exit, Finish, GiveUp, Restart, RestartPolicy, exit_text
-from dapo_hpc.observe.final import FINAL_EXIT
-from dapo_hpc.observe.live import ProcessState, View
-from dapo_hpc.observe.log import last_line, last_message, message_of
+from dapo_hpc.launch.supervise import RestartPolicy
+from dapo_hpc.observe.live import View
 from dapo_hpc.run_dir import RunDir
 
-TICK_S = 0.1
-VIEW_S = 0.5
-FINISH_S = 5.0
-"""After the leader's exit 0 the others have learned that the run is complete; so long they get to
-leave by themselves."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-COMPLETE, FAILED, INTERRUPTED = 0, 1, 130
-"""Exit codes of the launcher."""
-
-
-@dataclass(slots=True)
-class StopRequest:
-    """Counts Ctrl-C and its like; the second one cuts the waiting short."""
-
-    count: int = 0
-
-    def __call__(self, _number: int, _frame: FrameType | None) -> None:
-        self.count += 1
 
 
 @contextmanager
@@ -49,128 +32,6 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@dataclass(slots=True, kw_only=True)
-class Fleet:
-    """The processes of one stage of a run, until the leading unit is done or cannot go on."""
-
-    commands: Sequence[RoleCommand]
-    policy: RestartPolicy
-    view: View
-    request: StopRequest
-    is_complete: Callable[[], bool]
-    step: Callable[[], int]
-    stop_s: float
-    _live: dict[str, RoleProcess] = field(default_factory=dict)
-    _attempts: dict[str, int] = field(default_factory=dict)
-    _due_s: dict[str, float] = field(default_factory=dict)
-    """Units waiting for their restart, with the time.monotonic() of it."""
-    _viewed_s: float = 0.0
-
-    def run(self) -> int:
-        """Start everything and watch. Returns COMPLETE, FAILED or INTERRUPTED; nothing is left."""
-        try:
-            self._start_units_after("")
-            return self._watch()
-        finally:
-            for process in self._live.values():
-                process.wait_killed()
-
-    def _watch(self) -> int:
-        while not self.request.count:
-            for name, code in self._exits():
-                outcome = self._on_exit(name, code)
-                if outcome is not None:
-                    return outcome
-            for unit in [u for u, due_s in self._due_s.items() if due_s <= time.monotonic()]:
-                del self._due_s[unit]
-                self._start(unit)
-            self._show()
-            time.sleep(TICK_S)
-        self.view.say("Stopping: every process gets a moment to put its work away.")
-        self._stop(self.stop_s)
-        return INTERRUPTED
-
-    def _exits(self) -> list[tuple[str, int]]:
-        """Those that say they are final first: a rank that dies of another's death does not."""
-        codes = [(name, process.exit_code()) for name, process in self._live.items()]
-        ended = [(name, code) for name, code in codes if code is not None]
-        return sorted(ended, key=lambda exit: exit[1] != FINAL_EXIT)
-
-    def _on_exit(self, name: str, code: int) -> int | None:
-        process = self._live.pop(name, None)
-        if process is None:
-            return None
-        command = process.command
-        cause = message_of(last_line(command.log))
-        ended = Exit(unit=command.unit, process=name, code=code)
-        decision = self.policy.decide(ended, is_complete=self.is_complete(), step=self.step())
-        if command.unit in self.policy.preparing and decision == "wait":
-            self._start_units_after(command.unit)
-        if isinstance(decision, Finish):
-            self._leave()
-            return COMPLETE
-        if isinstance(decision, Restart):
-            self._restart_later(decision, f"{name} ended ({exit_text(code)}): {cause}")
-        if isinstance(decision, GiveUp):
-            self.view.say(_giving_up(decision, name, code, cause, command.log))
-            self._stop(self.stop_s)
-            return FAILED
-        return None
-
-    def _restart_later(self, decision: Restart, what: str) -> None:
-        for name in [n for n, p in self._live.items() if p.command.unit == decision.unit]:
-            self._live.pop(name).wait_killed()
-        self._due_s[decision.unit] = time.monotonic() + decision.delay_s
-        limit = self.policy.max_restarts
-        self.view.say(f"{what}\n  restart {decision.number} of {limit} in {decision.delay_s:.0f} s")
-
-    def _start_units_after(self, prepared: str) -> None:
-        for unit in dict.fromkeys(c.unit for c in self.commands if c.after == prepared):
-            self._start(unit)
-
-    def _start(self, unit: str) -> None:
-        for command in self.commands:
-            if command.unit == unit:
-                attempt = self._attempts.get(command.name, 0) + 1
-                self._attempts[command.name] = attempt
-                self._live[command.name] = RoleProcess.start(command, attempt)
-
-    def _leave(self) -> None:
-        """The run is complete: wait for the others, then ask them, then insist."""
-        self._wait(FINISH_S)
-        self._stop(self.stop_s)
-
-    def _stop(self, limit_s: float) -> None:
-        for process in self._live.values():
-            process.ask_to_stop()
-        self._wait(limit_s)
-
-    def _wait(self, limit_s: float) -> None:
-        """Until every process has ended, the limit, or another stop request."""
-        deadline_s = time.monotonic() + limit_s
-        requests = self.request.count
-        while self._live and time.monotonic() < deadline_s and self.request.count == requests:
-            for name, _ in self._exits():
-                del self._live[name]
-            self._show()
-            time.sleep(TICK_S)
-
-    def _show(self) -> None:
-        if time.monotonic() - self._viewed_s < VIEW_S:
-            return
-        self._viewed_s = time.monotonic()
-        self.view.update([self._state(command) for command in self.commands])
-
-    def _state(self, command: RoleCommand) -> ProcessState:
-        process = self._live.get(command.name)
-        return ProcessState(
-            name=command.name,
-            is_running=process is not None,
-            age_s=time.monotonic() - process.started_s if process else 0.0,
-            message=last_message(command.log),
-        )
 
 
 def run_units(
@@ -200,23 +61,16 @@ def run_units(
         COMPLETE, FAILED (a unit died too often) or INTERRUPTED. Whichever it
         is, none of the processes is left.
     """
-    sizes: dict[str, int] = {}
-    for command in commands:
-        sizes[command.unit] = sizes.get(command.unit, 0) + 1
-    policy = RestartPolicy(
-        leader=leader,
-        sizes=sizes,
-        max_restarts=max_restarts,
-        preparing=frozenset(command.after for command in commands if command.after),
-    )
+    policy = RestartPolicy.of(commands, leader=leader, max_restarts=max_restarts)
     return Fleet(
         commands=commands,
+        start=RoleProcess.start,
         policy=policy,
         view=view,
         request=request,
         is_complete=is_complete,
         step=step,
-        stop_s=stop_s,
+        stages=[Stage(limit_s=stop_s)],
     ).run()
 
 
@@ -270,10 +124,3 @@ def _command(
         log=run.logs / f"{role}-local_{index}.log",
         threads=threads,
     )
-
-
-def _giving_up(decision: GiveUp, name: str, code: int, cause: str, log: Path) -> str:
-    count = decision.restarts
-    times = f"after {count} restart{'s' * (count > 1)}" if count else "at its first start"
-    why = "; another start would end the same way" if decision.is_final else ""
-    return f"{name} ended ({exit_text(code)}) {times}{why}; the run stops.\n  {cause}\n  log: {log}"

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import IO, Any, Literal
 
 import dapo_hpc
 from dapo_hpc.config import RunConfig, dump, load
-from dapo_hpc.run_dir import RunDir, write_json, write_text
+from dapo_hpc.run_dir import RunDir, fsync_directory, write_json, write_text
 
 PACKAGES = (
     "torch",
@@ -61,8 +62,21 @@ def create_run(config: RunConfig, kind: Kind) -> tuple[RunDir, RunConfig]:
     run.root.mkdir(parents=True, exist_ok=True)
     run.logs.mkdir(exist_ok=True)
     write_json(run.env, {"kind": kind, **environment_record()})
-    write_text(run.config, dump(config))
+    _write_new(run, dump(config))
     return run, config
+
+
+def _write_new(run: RunDir, text: str) -> None:
+    """The config last, whole, and by one process alone: who sees it, sees a run."""
+    ours = run.config.with_name(f".config.{secrets.token_hex(4)}")
+    write_text(ours, text)
+    try:
+        os.link(ours, run.config)
+    except FileExistsError:
+        raise RunExists(f"{run.root} was made a moment ago by another process.") from None
+    finally:
+        ours.unlink()
+    fsync_directory(run.root)
 
 
 def open_run(root: Path, kind: Kind) -> tuple[RunDir, RunConfig]:

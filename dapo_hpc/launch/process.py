@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
-from dapo_hpc.observe.log import attempt_header
+from dapo_hpc.observe.log import begin_attempt, last_line, message_of
 
 PR_SET_PDEATHSIG = 1
 
@@ -34,6 +35,26 @@ class RoleCommand:
     """Unit that prepares something for this one: it starts when that one has exited 0."""
 
 
+class Process(Protocol):
+    """A running role, whatever started it."""
+
+    @property
+    def command(self) -> RoleCommand: ...
+    @property
+    def started_s(self) -> float: ...
+    def exit_code(self) -> int | None:
+        """None while it runs. Afterwards it has left nothing behind."""
+
+    def cause(self) -> str:
+        """Why it ended, in one line; once it has."""
+
+    def ask_to_stop(self) -> None:
+        """It puts its work away and exits 0."""
+
+    def wait_killed(self) -> None:
+        """End it and all that it started."""
+
+
 @dataclass(slots=True, kw_only=True)
 class RoleProcess:
     """A running role. Its output is appended to its log, under a line for each attempt."""
@@ -48,8 +69,8 @@ class RoleProcess:
 
         Call from the main thread: the kernel watches the thread that started the child.
         """
+        begin_attempt(command.log, command.name, attempt)
         with open(command.log, "ab", buffering=0) as log:
-            log.write(attempt_header(command.name, attempt).encode())
             environment = {
                 **os.environ,
                 "OMP_NUM_THREADS": str(command.threads),
@@ -62,7 +83,7 @@ class RoleProcess:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_die_with(os.getpid()),
+                preexec_fn=die_with(os.getpid()),
             )
         return cls(command=command, popen=popen)
 
@@ -72,6 +93,9 @@ class RoleProcess:
         if code is not None:
             self.kill()
         return code
+
+    def cause(self) -> str:
+        return message_of(last_line(self.command.log))
 
     def ask_to_stop(self) -> None:
         """SIGTERM to the role alone; it tells its own children."""
@@ -96,7 +120,8 @@ def role_words(role: str, run_root: Path, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "dapo_hpc.cli", "role", role, "--run", str(run_root), *arguments)
 
 
-def _die_with(parent_pid: int) -> Callable[[], None]:
+def die_with(parent_pid: int) -> Callable[[], None]:
+    """For a child to call before it becomes its program: the kernel kills it with its parent."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def in_child() -> None:

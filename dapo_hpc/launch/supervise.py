@@ -6,10 +6,13 @@ A unit is what restarts together: the buffer, one actor, or all ranks of the lea
 from __future__ import annotations
 
 import signal
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dapo_hpc.observe.final import FINAL_EXIT
+from dapo_hpc.launch.process import RoleCommand
+from dapo_hpc.observe.final import FINAL_EXIT, IDLE_EXIT
 
 FIRST_DELAY_S = 1.0
 MAX_DELAY_S = 30.0
@@ -50,25 +53,54 @@ class GiveUp:
     """The process said that another start would end the same way."""
 
 
-Decision = Restart | Finish | GiveUp | Literal["wait"]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leave:
+    """The unit does not come back; the others go on."""
+
+    unit: Unit
+    is_idle: bool
+    """It had no work; otherwise the run is complete."""
+
+
+Decision = Restart | Finish | GiveUp | Leave | Literal["wait"]
 
 
 @dataclass(slots=True, kw_only=True)
 class RestartPolicy:
     """Counts deaths by unit and decides. The leading unit's exit 0 is the end of the run."""
 
-    leader: Unit
-    sizes: dict[Unit, int]
+    leader: Unit | None
+    """None: units are equals, and leave one by one when the run is complete."""
+    sizes: Mapping[Unit, int]
     """Processes of each unit."""
     max_restarts: int
     """Of each unit without progress of the run in between."""
     preparing: frozenset[Unit] = frozenset()
     """Units that do one thing and exit 0; another exit ends the run, since it is no accident."""
+    quiet_delay_s: float = QUIET_EXIT_DELAY_S
     _restarts: dict[Unit, int] = field(default_factory=dict)
     _steps: dict[Unit, int] = field(default_factory=dict)
     """Steps the run had done when a unit died last."""
     _finished: int = 0
     """Processes of the leader that have exited 0 in its present life."""
+
+    @classmethod
+    def of(
+        cls,
+        commands: Sequence[RoleCommand],
+        *,
+        leader: Unit | None,
+        max_restarts: int,
+        quiet_delay_s: float = QUIET_EXIT_DELAY_S,
+    ) -> RestartPolicy:
+        """For exactly these processes."""
+        return cls(
+            leader=leader,
+            sizes=Counter(command.unit for command in commands),
+            max_restarts=max_restarts,
+            preparing=frozenset(command.after for command in commands if command.after),
+            quiet_delay_s=quiet_delay_s,
+        )
 
     def decide(self, ended: Exit, *, is_complete: bool, step: int) -> Decision:
         """What to do about one exit. After Restart, further exits of that life are not reported.
@@ -84,6 +116,9 @@ class RestartPolicy:
         if ended.code == FINAL_EXIT:
             restarts = self._restarts.get(ended.unit, 0)
             return GiveUp(unit=ended.unit, restarts=restarts, is_final=True)
+        is_idle = ended.code == IDLE_EXIT
+        if self.leader is None and (is_idle or (ended.code == 0 and is_complete)):
+            return Leave(unit=ended.unit, is_idle=is_idle)
         if ended.unit == self.leader and ended.code == 0:
             self._finished += 1
             if self._finished < self.sizes[self.leader]:
@@ -99,12 +134,10 @@ class RestartPolicy:
         if number > self.max_restarts:
             return GiveUp(unit=ended.unit, restarts=self.max_restarts)
         self._restarts[ended.unit] = number
-        return Restart(unit=ended.unit, delay_s=_delay_s(number, ended.code), number=number)
-
-
-def _delay_s(number: int, code: int) -> float:
-    grown = min(FIRST_DELAY_S * 2.0 ** (number - 1), MAX_DELAY_S)
-    return max(grown, QUIET_EXIT_DELAY_S) if code == 0 else grown
+        delay_s = min(FIRST_DELAY_S * 2.0 ** (number - 1), MAX_DELAY_S)
+        if ended.code == 0:
+            delay_s = max(delay_s, self.quiet_delay_s)
+        return Restart(unit=ended.unit, delay_s=delay_s, number=number)
 
 
 def exit_text(code: int) -> str:

@@ -103,6 +103,15 @@ class Checkpoints:
             self.wait()
         return True
 
+    def ensure(self, policy: Policy, optimizer: Optimizer, progress: Progress) -> None:
+        """Returns when a checkpoint of this step is durable; `save` unless it is. There is none of
+        step 0, which is the model that training starts from."""
+        self.wait()
+        is_there: bool = self._from_rank_0(lambda: progress.step in (0, *self.steps()))
+        if not is_there:
+            self.save(policy, optimizer, progress)
+            self.wait()
+
     def save(self, policy: Policy, optimizer: Optimizer, progress: Progress) -> None:
         """Write a checkpoint; the one before it is waited for.
 

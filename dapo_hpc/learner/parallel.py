@@ -37,12 +37,15 @@ from torch.distributed import (  # type: ignore[attr-defined]  # documented, but
 
 from dapo_hpc.config import LearnerSection
 from dapo_hpc.learner import cpu
+from dapo_hpc.network import local_addresses
 from dapo_hpc.run_dir import write_json
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """Longer than any collective of a healthy run: only mini-batches and checkpoints hold them."""
 MEET_S = 300.0
 """How long a rank looks for the others."""
+CONNECT_S = 2.0
+"""For one address of rank 0 to answer."""
 POLL_S = 0.2
 BROKEN = "broken"
 
@@ -196,7 +199,15 @@ class Processes:
             raise PeerLost("another rank of the learner was restarted; this one starts anew too.")
 
 
-def connect(layout: Layout, rank: int, address: Path | None, *, threads: int = 1) -> Processes:
+def connect(
+    layout: Layout,
+    rank: int,
+    address: Path | None,
+    *,
+    threads: int = 1,
+    local_rank: int | None = None,
+    interface: str | None = None,
+) -> Processes:
     """Meet the other ranks and form the parallel groups.
 
     Args:
@@ -204,8 +215,11 @@ def connect(layout: Layout, rank: int, address: Path | None, *, threads: int = 1
         rank: of this process, 0 to layout.world - 1.
         address: file in the run directory through which rank 0 is found; None: one rank.
         threads: OpenMP threads on CPU.
+        local_rank: number of its GPU on its node; None: counted from `rank`.
+        interface: network interface that rank 0 is found at, as in ib0; None: any.
 
     Raises:
+        ValueError: rank 0's node has no such interface.
         PeerLost: the others did not appear in time, or one of them left.
     """
     logging.getLogger("megatron").setLevel(logging.WARNING)
@@ -213,9 +227,10 @@ def connect(layout: Layout, rank: int, address: Path | None, *, threads: int = 1
     torch.set_num_threads(threads)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", rank % torch.cuda.device_count())
+        place = rank if local_rank is None else local_rank
+        device = torch.device("cuda", place % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    store = _meet(layout.world, rank, address)
+    store = _meet(layout.world, rank, address, interface)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=PrefixStore("groups", store),
@@ -255,20 +270,21 @@ def _seed(layout: Layout) -> None:
     cpu.use_plain_random_state()
 
 
-def _meet(world: int, rank: int, address: Path | None) -> Store:
+def _meet(world: int, rank: int, address: Path | None, interface: str | None = None) -> Store:
     if world == 1:
         return HashStore()
     if address is None:
         raise ValueError(f"{world} ranks need a common file to meet; got none.")
-    return _host(world, address) if rank == 0 else _join(rank, address)
+    return _host(world, address, interface) if rank == 0 else _join(rank, address)
 
 
-def _host(world: int, address: Path) -> Store:
+def _host(world: int, address: Path, interface: str | None) -> Store:
+    addresses = local_addresses(interface)
     store = TCPStore(
         "127.0.0.1", 0, None, is_master=True, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False
     )
-    host = socket.gethostname()
-    write_json(address, {"host": host, "port": store.port, "pid": os.getpid(), "world": world})
+    found = {"host": socket.gethostname(), "addresses": addresses, "port": store.port}
+    write_json(address, {**found, "pid": os.getpid(), "world": world})
     return store
 
 
@@ -293,8 +309,24 @@ def _join(rank: int, address: Path) -> Store:
 
 
 def _try(found: dict[str, Any]) -> Store | None:
-    host = "127.0.0.1" if found["host"] == socket.gethostname() else found["host"]
+    """Rank 0's store at the first of its addresses that answers."""
+    is_here = found["host"] == socket.gethostname()
+    for host in (["127.0.0.1"] if is_here else []) + found["addresses"]:
+        if not _answers(host, found["port"]):
+            continue
+        try:
+            return TCPStore(
+                host, found["port"], None, is_master=False, timeout=timedelta(seconds=5)
+            )
+        except (DistError, RuntimeError):
+            continue
+    return None
+
+
+def _answers(host: str, port: int) -> bool:
+    """torch tries an address that does not answer for long, with a stack trace for each try."""
     try:
-        return TCPStore(host, found["port"], None, is_master=False, timeout=timedelta(seconds=5))
-    except (DistError, RuntimeError):
-        return None
+        socket.create_connection((host, port), timeout=CONNECT_S).close()
+    except OSError:
+        return False
+    return True

@@ -7,6 +7,7 @@ verb is called by every rank, in the same order.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -26,10 +27,15 @@ from dapo_hpc.records import Group, GroupSummary, PolicyVersion
 from dapo_hpc.run_dir import RunDir, write_json
 from dapo_hpc.weights import publish
 
+LEAVE = b"leave"
 POLL_S = 2.0
 """How long the buffer may hold a request for a batch; between two, evaluations are written down."""
 
 log = logging.getLogger(__name__)
+
+
+class AskedToLeave(Exception):
+    """Between two steps, on every rank: put what is trained away, and exit 0."""
 
 
 class Buffer(Protocol):
@@ -64,6 +70,8 @@ class Session:
     optimizer: Optimizer
     reference: Reference | None
     checkpoints: Checkpoints
+    is_asked_to_leave: Callable[[], bool] = lambda: False
+    """Looked at by rank 0 alone, between two steps and while it waits."""
     lineage: int = 0
     _committed: list[int] = field(default_factory=list, repr=False)
     """Steps with a checkpoint at the last commit."""
@@ -83,12 +91,16 @@ class Session:
         return step
 
     def take(self, step: int) -> Taken:
-        """The batch of `step`, on every rank; waits as long as it takes."""
+        """The batch of `step`, on every rank; waits as long as it takes.
+
+        Raises AskedToLeave, on every rank, instead of waiting on.
+        """
         if self.processes.rank != 0:
-            taken: Taken = decode(self.processes.listen(), Taken)
+            taken: Taken = decode(self.hear(), Taken)
             return taken
         while True:
             self.processes.check_peers()
+            self.leave_if_asked()
             self.record_evaluations()
             self.release_batches()
             reply = self.buffer.take(self.lineage, step, POLL_S)
@@ -96,6 +108,27 @@ class Session:
                 taken = Taken(reply.groups, reply.metrics)
                 self.processes.announce(encode(taken))
                 return taken
+
+    def hear(self) -> bytes:
+        """Other ranks: rank 0's next message. Raises AskedToLeave when it is that."""
+        message = self.processes.listen()
+        if message == LEAVE:
+            raise AskedToLeave
+        return message
+
+    def leave_if_asked(self) -> None:
+        """Rank 0: raise AskedToLeave here and on every rank that hears."""
+        if self.is_asked_to_leave():
+            self.processes.announce(LEAVE)
+            raise AskedToLeave
+
+    def checkpoint_before_leaving(self, step: int) -> None:
+        """Save the policy of `step` unless that is done. The buffer may be gone by then."""
+        self.checkpoints.ensure(
+            self.policy, self.optimizer, Progress(step=step, lineage=self.lineage)
+        )
+        # Through rank 0 the others learn that it is durable: it may not be gone before.
+        self.processes.barrier()
 
     def fetch(self, group_ids: list[int]) -> list[Group]:
         """Groups with their tokens, verified."""
@@ -183,7 +216,14 @@ class Session:
         return is_due and all(result.version.step != step for result in known.results)
 
 
-def open_session(run: RunDir, config: RunConfig, processes: Processes, buffer: Buffer) -> Session:
+def open_session(
+    run: RunDir,
+    config: RunConfig,
+    processes: Processes,
+    buffer: Buffer,
+    *,
+    is_asked_to_leave: Callable[[], bool] = lambda: False,
+) -> Session:
     """Build the model with the weights it starts from; `resume` comes next.
 
     Raises Final for a model that cannot be trained so, or weights that are not that model's.
@@ -207,4 +247,5 @@ def open_session(run: RunDir, config: RunConfig, processes: Processes, buffer: B
             keep=config.learner.keep_checkpoints,
             is_async=config.learner.async_checkpoint,
         ),
+        is_asked_to_leave=is_asked_to_leave,
     )

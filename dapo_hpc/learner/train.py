@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from dapo_hpc.learner.session import Session
+from dapo_hpc.learner.session import AskedToLeave, Session
 from dapo_hpc.learner.step import rollout_step
 
 log = logging.getLogger(__name__)
@@ -15,22 +15,30 @@ EVALUATION_POLL_S = 0.5
 
 
 def train(session: Session) -> None:
-    """Train until run.total_steps, then write the model and finish the run."""
+    """Train until run.total_steps, then write the model and finish the run.
+
+    When asked to leave: until the end of the step under way, with a checkpoint of it.
+    """
     total = session.config.run.total_steps
-    start = session.resume()
-    session.publish(start)
-    for step in range(start + 1, total + 1):
-        began_s = time.monotonic()
-        figures = rollout_step(session, step)
-        log.info(
-            "step %d of %d: accuracy %.3f, entropy %.3f, %.1f s.",
-            step,
-            total,
-            figures["train/accuracy"],
-            figures["learner/entropy"],
-            time.monotonic() - began_s,
-        )
-    finish(session)
+    done = session.resume()
+    session.publish(done)
+    try:
+        for step in range(done + 1, total + 1):
+            began_s = time.monotonic()
+            figures = rollout_step(session, step)
+            done = step
+            log.info(
+                "step %d of %d: accuracy %.3f, entropy %.3f, %.1f s.",
+                step,
+                total,
+                figures["train/accuracy"],
+                figures["learner/entropy"],
+                time.monotonic() - began_s,
+            )
+        finish(session)
+    except AskedToLeave:
+        session.checkpoint_before_leaving(done)
+        log.info("asked to leave; the checkpoint of step %d is written.", done)
 
 
 def finish(session: Session) -> None:
@@ -40,7 +48,7 @@ def finish(session: Session) -> None:
         await_evaluations(session)
         here.announce(DONE)
     else:
-        here.listen()
+        session.hear()
     session.export(session.run.model)
     if here.rank == 0:
         session.buffer.finish(session.lineage)
@@ -49,7 +57,8 @@ def finish(session: Session) -> None:
 
 
 def await_evaluations(session: Session) -> None:
-    """Wait until no evaluation is under way."""
+    """Wait until no evaluation is under way. Raises AskedToLeave."""
     while session.record_evaluations():
+        session.leave_if_asked()
         session.processes.check_peers()
         time.sleep(EVALUATION_POLL_S)

@@ -1,4 +1,4 @@
-"""Failures that another start would meet again, and the exit code that says so to the launcher."""
+"""Exit codes that tell the launcher not to start a process again, and failures that mean it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 FINAL_EXIT = 3
 """Of a process that need not be started again; 1 may be an accident."""
+IDLE_EXIT = 4
+"""Of an actor that had no work for long and gives its GPUs back."""
 
 
 class Final(RuntimeError):

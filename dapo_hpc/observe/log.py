@@ -17,6 +17,8 @@ from dapo_hpc.observe.final import FINAL_EXIT, Final
 FORMAT = "%(asctime)s %(levelname)s {role}: %(message)s"
 ATTEMPT = "==="
 TAIL_BYTES = 16_384
+STEP_ENDED = re.compile(r"^slurmstepd\S* error: \*\*\* \S+ \S+ ON \S+ CANCELLED AT ")
+"""Slurm's line below a role's last one, when the others of its step are ended too."""
 _PREFIX = re.compile(r"^\d{2}:\d{2}:\d{2} [A-Z]+ [\w-]+: ")
 
 
@@ -29,17 +31,18 @@ def setup(role: str, *, level: int = logging.INFO) -> None:
 
 
 def exit_with_cause(error: BaseException) -> NoReturn:
-    """Log the traceback, then one line with the cause, and end the process: FINAL_EXIT or 1.
-
-    The process ends at once: what libraries print while they are torn down would otherwise
-    follow the cause.
-    """
+    """Log the traceback, then one line with the cause, and end the process: FINAL_EXIT or 1."""
     logging.getLogger("dapo_hpc").error("".join(traceback.format_exception(error)).rstrip())
     logging.getLogger("dapo_hpc").critical("%s", cause_of(error))
+    exit_at_once(FINAL_EXIT if isinstance(error, Final) else 1)
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """End the process: what libraries print while they are torn down would follow its last line."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(FINAL_EXIT if isinstance(error, Final) else 1)
+    os._exit(code)
 
 
 def cause_of(error: BaseException) -> str:
@@ -60,6 +63,16 @@ def attempt_header(name: str, attempt: int) -> str:
     return f"{ATTEMPT} {name}, attempt {attempt}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
 
 
+def begin_attempt(log: Path, name: str, attempt: int) -> None:
+    """Append that line to a log, whatever the attempt before has left at its end."""
+    with open(log, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(attempt_header(name, attempt).encode())
+
+
 def last_line(log: Path) -> str:
     """Last line with text of a log file, whoever wrote it; '' without one."""
     return next(_lines_from_the_end(log), "")
@@ -76,11 +89,12 @@ def last_message(log: Path) -> str:
 
 
 def _lines_from_the_end(log: Path) -> Iterator[str]:
-    """Lines with text in the last TAIL_BYTES; of a progress bar its last state."""
+    """Lines with text in the last TAIL_BYTES, without Slurm's own last one; of a progress bar its
+    last state."""
     if not log.exists():
         return
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - TAIL_BYTES))
         lines = file.read().decode(errors="replace").split("\n")
     filled = (line.rstrip("\r").rpartition("\r")[2].strip() for line in reversed(lines))
-    yield from (line for line in filled if line)
+    yield from (line for line in filled if line and not STEP_ENDED.match(line))

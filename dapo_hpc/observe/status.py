@@ -15,6 +15,8 @@ from dapo_hpc.observe.log import last_line, message_of
 from dapo_hpc.run_dir import RunDir
 
 NUM_ROWS = 5
+JOB_SEEN_S = 60.0
+"""A Slurm job of the run writes its file in jobs/lives four times as often."""
 
 
 def status_text(run: RunDir) -> str:
@@ -39,12 +41,12 @@ def _state(run: RunDir) -> str:
     times = [path.stat().st_mtime for path in watched if path.exists()]
     if not times:
         return "nothing has been started yet"
-    word = "running" if _is_locked(run.lock) else "not running"
+    word = "running" if is_locked(run.lock) or _has_job(run) else "not running"
     age_s = max(0.0, time.time() - max(times))
     return f"{word} (last sign of life {duration_text(age_s)} ago)"
 
 
-def _is_locked(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
     """Whether a living launcher holds the lock."""
     if not path.exists():
         return False
@@ -54,6 +56,14 @@ def _is_locked(path: Path) -> bool:
         except OSError:
             return True
     return False
+
+
+def _has_job(run: RunDir) -> bool:
+    """Whether a Slurm job of the run has shown itself just now."""
+    fresh_s = time.time() - JOB_SEEN_S
+    lives = (run.jobs / "lives").glob("*.json")
+    newest = [path.read_text() for path in lives if path.stat().st_mtime > fresh_s]
+    return any(json.loads(text)["phase"] in ("running", "draining") for text in newest)
 
 
 def _steps(run: RunDir) -> Iterator[str]:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -25,14 +23,13 @@ import msgspec
 
 from dapo_hpc.config import RewardSection
 from dapo_hpc.reward.worker import READY, Outcome, Task
+from dapo_hpc.signals import blocked_in_children
 
 STARTUP_LIMIT_S = 120.0
 """A worker that is not ready by then is killed and replaced."""
 MAX_TRIES = 3
 """Deaths of a worker that one response may cause before it counts as wrong; also the number of
 workers that may die in a row before any is ready."""
-HANDED_OVER = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2}
-"""Blocked in workers: the actor hears these first and ends its workers itself."""
 
 _log = logging.getLogger(__name__)
 _ENCODER = msgspec.msgpack.Encoder()
@@ -223,7 +220,7 @@ class ScoringPool:
         ours, theirs = Pipe(duplex=True)
         words = [sys.executable, "-m", "dapo_hpc.reward.worker", str(theirs.fileno())]
         words += [str(os.getpid()), self._config.model_dump_json()]
-        with _blocked(HANDED_OVER):
+        with blocked_in_children():
             process = subprocess.Popen(
                 words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2
             )
@@ -235,13 +232,3 @@ def _end(worker: _Worker) -> None:
     worker.process.kill()
     worker.process.wait()
     worker.connection.close()
-
-
-@contextmanager
-def _blocked(signals: set[signal.Signals]) -> Iterator[None]:
-    """Signals blocked in this thread, and so in the processes it starts meanwhile."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

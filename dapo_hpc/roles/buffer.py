@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from types import FrameType
 
 from dapo_hpc.config import RunConfig
+from dapo_hpc.roles import startup
 from dapo_hpc.run_dir import RunDir
 
 
-def main(run: RunDir, config: RunConfig) -> int:
+def main(
+    run: RunDir, config: RunConfig, ports: range | None = None, interface: str | None = None
+) -> int:
     """Serve until told to stop, or until the run is complete. Returns the exit code."""
-    signal.signal(signal.SIGTERM, _stop_before_serving)
+    # Nothing was promised to anybody yet.
+    startup.call_when_asked(lambda: sys.exit(0))
     from dapo_hpc.buffer.server import serve
 
-    serve(run, config)
+    serve(run, config, ports=ports, interface=interface)
     return 0
-
-
-def _stop_before_serving(_: int, __: FrameType | None) -> None:
-    """Nothing was promised to anybody yet."""
-    sys.exit(0)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dapo_hpc.config import RunConfig
+from dapo_hpc.rank import Rank
 from dapo_hpc.roles import startup
 from dapo_hpc.run_dir import RunDir
 
 
-def main(run: RunDir, config: RunConfig, rank: int, world: int) -> int:
+def main(run: RunDir, config: RunConfig, rank: Rank) -> int:
     """Run one rank of supervised fine-tuning until model.path is written, or until SIGTERM.
 
     At SIGTERM it leaves at once; the next start resumes from the newest checkpoint.
@@ -20,7 +21,7 @@ def main(run: RunDir, config: RunConfig, rank: int, world: int) -> int:
 
     section = config.learner
     layout = Layout.of(section)
-    layout.require_world(world)
-    here = connect(layout, rank, run.root / "sft.json", threads=section.threads)
+    layout.require_world(rank.world)
+    here = connect(layout, rank.rank, run.root / "sft.json", threads=section.threads)
     fine_tune(run, config, here)
     return 0

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -42,11 +42,22 @@ def without(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
+ASKED = (signal.SIGTERM, signal.SIGUSR2)
+"""How a role is asked to leave: by the local launcher or by Slurm, and by the supervisor of its
+Slurm job, since srun kills a step when it is sent SIGTERM itself."""
+
+
 def leave_when_asked() -> None:
-    """Exit 0 at SIGTERM. SIGINT is left to the launcher: an interrupted terminal signals all
+    """Exit 0 when asked. SIGINT is left to the launcher: an interrupted terminal signals all
     processes at once, and the launcher then asks them in order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    call_when_asked(lambda: sys.exit(0))
+
+
+def call_when_asked(leave: Callable[[], object]) -> None:
+    """What to do when asked to leave."""
+    for number in ASKED:
+        signal.signal(number, lambda *_: leave())
 
 
 def leave_at_once_when_asked() -> None:
@@ -54,7 +65,27 @@ def leave_at_once_when_asked() -> None:
     up. Python's own way out would wait for the threads that write, and torch crashes when it is
     torn down beside them."""
     leave_when_asked()
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    call_when_asked(lambda: os._exit(0))
+
+
+class Wish:
+    """Whether somebody has asked; set by a signal."""
+
+    def __init__(self) -> None:
+        self._is_asked = False
+
+    def __call__(self) -> bool:
+        return self._is_asked
+
+    def ask(self) -> None:
+        self._is_asked = True
+
+
+def note_when_asked(number: signal.Signals) -> Wish:
+    """At this signal go on, and know it."""
+    wish = Wish()
+    signal.signal(number, lambda *_: wish.ask())
+    return wish
 
 
 def silence_megatron() -> None:

@@ -27,6 +27,7 @@ import numpy as np
 
 from dapo_hpc.config import RunConfig
 from dapo_hpc.records import FinishReason
+from dapo_hpc.signals import blocked_in_children
 
 PROBE_PLACES = 8
 """Engine places beyond rollout.max_sequences: a probe never waits for a running response."""
@@ -106,13 +107,14 @@ class Engine:
             arguments["kv_cache_memory_bytes"] = cpu_cache_bytes(config)
             torch.set_num_threads(config.rollout.threads)
         vllm_config = EngineArgs(**arguments).create_engine_config()
-        self._core = EngineCoreClient.make_client(
-            multiprocess_mode=False,
-            asyncio_mode=False,
-            vllm_config=vllm_config,
-            executor_class=Executor.get_class(vllm_config),
-            log_stats=False,
-        )
+        with blocked_in_children():
+            self._core = EngineCoreClient.make_client(
+                multiprocess_mode=False,
+                asyncio_mode=False,
+                vllm_config=vllm_config,
+                executor_class=Executor.get_class(vllm_config),
+                log_stats=False,
+            )
         self._running: dict[str, _Running] = {}
         self._finished: list[Sampled] = []
         self._probes: dict[str, np.ndarray | None] = {}
@@ -299,10 +301,11 @@ def prepare_environment(config: RunConfig, *, is_cpu: bool) -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
-        # An engine lies on one node: whatever vLLM and gloo listen on, no other machine reaches it.
+        # An engine lies on one node: whatever it listens on, no other machine reaches it.
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_LOOPBACK_IP": "127.0.0.1",
         "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
     }
     if is_cpu:
         settings |= {

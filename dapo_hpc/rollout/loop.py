@@ -7,6 +7,7 @@ that nothing but a weight load keeps the engine waiting while it has work.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import resource
 import time
@@ -56,7 +57,9 @@ class ActorLoop:
         engine: Engine,
         tokenizer: Any,
         buffer: Buffer,
+        idle_exit_s: float | None = None,
     ) -> None:
+        """`idle_exit_s`: `run` returns after so long without a lease; None: it waits."""
         self._name, self._config, self._weights_dir = name, config, weights_dir
         self._engine, self._tokenizer, self._buffer = engine, tokenizer, buffer
         self._table = LeaseTable()
@@ -75,6 +78,11 @@ class ActorLoop:
         self._newest: PolicyVersion | None = None
         self._missing: PolicyVersion | None = None
         self._is_done = self._is_draining = False
+        self._idle_exit_s = math.inf if idle_exit_s is None else idle_exit_s
+        self._worked_s = math.inf
+        """When a lease was held last; time.monotonic()."""
+        self.is_idle = False
+        """There was no lease for idle_exit_s."""
         self._busy_s = self._idle_s = self._probe_mean_diff = 0.0
         self._num_finished = 0
 
@@ -84,7 +92,7 @@ class ActorLoop:
         self._mail.put(None)
 
     def run(self) -> None:
-        """Sample until the run is done or the actor is drained.
+        """Sample until the run is done, the actor is drained, or it was idle for too long.
 
         Raises:
             EngineFailed: the leases are handed back as failures; start the process anew.
@@ -92,8 +100,9 @@ class ActorLoop:
             BufferUnreachable: the buffer stayed away.
         """
         self._contact.start()
+        self._worked_s = time.monotonic()
         try:
-            while not (self._is_draining or self._is_done):
+            while not (self._is_draining or self._is_done or self.is_idle):
                 self._turn()
             self._hand_back()
         except EngineFailed:
@@ -114,6 +123,9 @@ class ActorLoop:
         if self._is_load_due():
             self._load()
         self._start_waiting()
+        if len(self._table):
+            self._worked_s = started_s
+        self.is_idle = started_s - self._worked_s > self._idle_exit_s
         for sampled in self._engine.step():
             self._on_sampled(sampled)
         if self._pool.failure is not None:
@@ -323,6 +335,8 @@ class ActorLoop:
         num_leases = len(self._table)
         self._release(None)
         cause = "the run is done" if self._is_done else "drained"
+        if self.is_idle:
+            cause = f"no work for {self._idle_exit_s:.0f} s"
         _log.info("%s; %d unfinished leases handed back.", cause, num_leases)
 
     # ---- what the buffer is told ----------------------------------------------------------

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import uvicorn
+import uvloop
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -30,11 +31,12 @@ def main(run: RunDir, port_file: Path) -> None:
         Starlette(routes=[Route("/v1/submit", _swallow, methods=["POST"])]),
         ssl_certfile=str(run.auth / auth.CERTIFICATE),
         ssl_keyfile=str(run.auth / auth.KEY),
+        http="h11",
         log_config=None,
         access_log=False,
     )
     port_file.write_text(str(listener.getsockname()[1]))
-    uvicorn.Server(config).run(sockets=[listener])
+    uvloop.run(uvicorn.Server(config).serve(sockets=[listener]))
 
 
 if __name__ == "__main__":

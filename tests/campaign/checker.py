@@ -240,7 +240,18 @@ def read_ledger(root: Path) -> tuple[dict[int, dict[str, Any]], dict[str, int]]:
                 groups[event["group_id"]]["state"] = event["state"]
                 name = f"train_{event['state']}"
                 state["counters"][name] = state["counters"].get(name, 0) + 1
+            case "BatchClosed":
+                for group_id in event["group_ids"]:
+                    groups[group_id] |= {"state": "taken", "step": event["step"]}
+            case "Committed":
+                groups = {k: v for k, v in groups.items() if _is_kept(v, event["step"])}
     return groups, state["counters"]
+
+
+def _is_kept(group: dict[str, Any], committed: int) -> bool:
+    """A commit forgets what it released, and what ended without being trained."""
+    is_taken = group["state"] == "taken" and group["step"] > committed
+    return is_taken or group["state"] in ("open", "ready")
 
 
 def _compare_lengths(

@@ -126,7 +126,7 @@ class Campaign:
             self._clean_up()
 
     def _train(self, life: int) -> None:
-        trainer.main(self.run.root, life, self.num_groups)
+        trainer.main(self.run.root, life, lambda step, size: step * size >= self.num_groups)
 
     def _sampler_of(self, name: str) -> Callable[[int], None]:
         return lambda life: sampler.main(self.run.root, name, life, self.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from dapo_hpc.buffer.client import BufferClient
@@ -23,8 +24,20 @@ def checkpoints(root: Path) -> list[int]:
     return steps
 
 
-def main(root: Path, life: int, num_groups: int) -> None:
-    """Train until `num_groups` groups were taken, from the newest checkpoint on."""
+def main(
+    root: Path,
+    life: int,
+    is_over: Callable[[int, int], bool],
+    trained: Callable[[int, int], None] = lambda _lineage, _step: None,
+) -> None:
+    """Train from the newest checkpoint on.
+
+    Args:
+        root: run directory.
+        life: names this life's history.
+        is_over: whether this was the last step, given its number and the groups of a batch.
+        trained: told the lineage and the step after each.
+    """
     client = BufferClient(RunDir(root), request_timeout_s=2.0, give_up_s=GIVE_UP_S)
     history = History(root / "history" / f"trainer-{life}.jsonl")
     kept = checkpoints(root)
@@ -36,14 +49,15 @@ def main(root: Path, life: int, num_groups: int) -> None:
         step += 1
         size = _train(client, history, lineage, step)
         client.publish(PolicyVersion(step=step, lineage=lineage), is_evaluated=False)
-        is_over = step * size >= num_groups
-        if step % CHECKPOINT_EVERY == 0 or is_over:
+        trained(lineage, step)
+        is_last = is_over(step, size)
+        if step % CHECKPOINT_EVERY == 0 or is_last:
             kept = [*kept, step][-RETAINED:]
             write_json(root / "checkpoints.json", kept)
             history.note("checkpoint", lineage=lineage, step=step)
             client.commit(lineage, kept[0])
             history.note("committed", lineage=lineage, step=kept[0])
-        if is_over:
+        if is_last:
             client.finish(lineage)
             history.note("finished", lineage=lineage, step=step)
             return

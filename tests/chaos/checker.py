@@ -68,7 +68,7 @@ def _check_partials(group: GroupHistory, final: FinalGroup) -> list[str]:
     problems = []
     for index, attempts in group.attempts.items():
         newest = max(attempts, key=lambda attempt: attempt.lease_id)
-        stored = sum(chunk["num_tokens"] for chunk in final.partials.get(index, ()))
+        stored = final.partials.get(index, 0)
         is_open = final.state == "open" and index not in final.responses
         if is_open and 0 < stored < newest.acked_tokens:
             problems.append(
@@ -95,10 +95,10 @@ def _check_payload(state: FinalState) -> list[str]:
     needed = Counter(state.archive)
     for group in state.groups.values():
         if group.state in KEPT:
-            stored = [*group.responses.values(), *(c for p in group.partials.values() for c in p)]
-            needed.update(record["record_id"] for record in stored)
+            needed.update(response["record_id"] for response in group.responses.values())
+            needed.update(record_id for record_id, _ in group.chunks)
     for unit in state.units.values():
-        needed.update(chunk["record_id"] for part in unit.partials.values() for chunk in part)
+        needed.update(record_id for record_id, _ in unit.chunks)
     problems = [f"lost: record {k} is not on disk." for k in needed if k not in state.records]
     problems += [
         f"leak: record {k} is needed by nothing." for k in state.records if k not in needed

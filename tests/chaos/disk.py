@@ -133,9 +133,10 @@ class FaultyOs:
             disk.synced.pop(descriptor, None)
         os.close(descriptor)
 
-    def pwrite(self, descriptor: int, content: bytes, offset: int) -> int:
+    def pwritev(self, descriptor: int, pieces: list[memoryview], offset: int) -> int:
         """Now and then a short one."""
         disk = self._disk()
+        content = b"".join(pieces)
         if disk is None:
             return os.pwrite(descriptor, content, offset)
         try:

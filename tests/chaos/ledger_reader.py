@@ -23,8 +23,18 @@ ENDED = ("all_correct", "all_wrong", "stale", "surplus", "quarantined", "parked"
 class FinalGroup:
     state: str
     responses: dict[int, dict[str, Any]]
-    partials: dict[int, list[dict[str, Any]]]
+    partials: dict[int, int] = field(default_factory=dict)
+    """Tokens of unfinished responses."""
+    chunks: list[tuple[int, set[int]]] = field(default_factory=list)
+    """Records that hold these, and of which responses."""
     step: int | None = None
+
+    def keep_chunks(self) -> None:
+        """A record goes with the last of its responses."""
+        self.chunks = [chunk for chunk in self.chunks if chunk[1] & self.partials.keys()]
+
+    def drop_partials(self) -> None:
+        self.partials, self.chunks = {}, []
 
 
 @dataclass(slots=True)
@@ -91,7 +101,8 @@ def _from_snapshot(snapshot: dict[str, Any]) -> FinalState:
         groups[group["kind"]][int(group_id)] = FinalGroup(
             group["state"],
             {int(index): response for index, response in group["responses"].items()},
-            {int(index): list(chunks) for index, chunks in group["partials"].items()},
+            {int(index): num_tokens for index, num_tokens in group["partials"].items()},
+            [(record_id, set(indices)) for record_id, indices, _ in group["chunks"]],
             group["step"],
         )
     return FinalState(
@@ -112,28 +123,31 @@ def _apply(state: FinalState, event: dict[str, Any]) -> None:
     group = state.groups.get(group_id) or state.units.get(group_id)
     match event["kind"]:
         case "Dispatched":
-            state.groups[group_id] = FinalGroup("open", {}, {})
+            state.groups[group_id] = FinalGroup("open", {})
             state.next_group_id = group_id + 1
             state.num_dispatched += 1
         case "Published" if event["evaluation"]:
             for _ in range(_num_units(event["evaluation"])):
-                state.units[state.next_group_id] = FinalGroup("open", {}, {})
+                state.units[state.next_group_id] = FinalGroup("open", {})
                 state.next_group_id += 1
         case "Leased":
             state.leases[event["lease_id"]] = event["group_id"]
         case "Progressed" if group:
-            for chunk in event["chunks"]:
-                group.partials.setdefault(chunk["index"], []).append(chunk)
+            new = {int(index): num_tokens for index, num_tokens in event["num_tokens"].items()}
+            for index, num_tokens in new.items():
+                group.partials[index] = group.partials.get(index, 0) + num_tokens
+            group.chunks.append((event["record_id"], set(new)))
         case "Stored" if group:
             for response in event["responses"]:
                 group.responses[response["index"]] = response
                 group.partials.pop(response["index"], None)
+            group.keep_chunks()
             group.state = event["outcome"] or group.state
         case "PartialsDropped" if group:
-            group.partials.clear()
+            group.drop_partials()
         case "GroupDropped" if group:
             group.state = event["state"]
-            group.partials.clear()
+            group.drop_partials()
         case "BatchClosed":
             state.batches[event["step"]] = event["group_ids"]
             for group_id in event["group_ids"]:

@@ -45,7 +45,7 @@ def _accept_again(
 
 def _begin_anew(self: book.Book, event: events.LeaseEnded) -> None:
     group = self.state.groups[self.state.leases[event.lease_id].group_id]
-    self._free_partials(group)
+    self.freed += group.drop_partials()
     _lease_ended(self, event)
 
 

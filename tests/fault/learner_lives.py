@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from dapo_hpc.learner.parallel import Layout, connect
 from dapo_hpc.learner.session import open_session
 from dapo_hpc.learner.train import train
 from dapo_hpc.records import Group, GroupSummary, Lease, PolicyVersion, Response, VersionSpan
+from dapo_hpc.roles.startup import note_when_asked
 from dapo_hpc.run_dir import RunDir
 from tests.buffer_process import client_of, make_run
 from tests.learner_parts import VOCAB, make_config, make_model
@@ -53,6 +55,7 @@ class Life:
     layout: Layout = field(default_factory=Layout)
     is_async: bool = False
     """learner.async_checkpoint."""
+    checkpoint_every: int = 1
 
     @property
     def run(self) -> RunDir:
@@ -69,7 +72,7 @@ class Life:
             run={"total_steps": self.total_steps},
             optimizer={"lr": 2e-3, "eps": 1e-3},
             learner={
-                "checkpoint_every": 1,
+                "checkpoint_every": self.checkpoint_every,
                 "micro_batch_tokens": 96,
                 "async_checkpoint": self.is_async,
                 "tensor_parallel": self.layout.tensor,
@@ -107,12 +110,13 @@ def live(life: Life, rank: int) -> None:
     logging.basicConfig(
         filename=life.root / "learner.log", level=logging.INFO, format="%(process)d %(message)s"
     )
+    is_asked = note_when_asked(signal.SIGUSR2)
     _slow_disk()
     address = life.root / "learner.json" if life.layout.world > 1 else None
     here = connect(life.layout, rank, address)
     buffer = Taped(life) if life.is_fed_by_buffer else Tape(life)
     try:
-        train(open_session(life.run, life.config(), here, buffer))
+        train(open_session(life.run, life.config(), here, buffer, is_asked_to_leave=is_asked))
     except BaseException:
         logging.exception("this life ends")
         raise

@@ -12,10 +12,13 @@ import pytest
 
 from dapo_hpc.cli import parser
 from dapo_hpc.config import known_keys
+from dapo_hpc.config.loading import keys_of
+from dapo_hpc.launch.site import Site
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-FILE_KINDS = (".py", ".toml", ".md", ".sh", ".json")
+FILE_KINDS = (".py", ".toml", ".md", ".sh", ".json", ".sbatch")
+PLACEHOLDERS = ("configs/X.toml",)
 
 
 def commands() -> Iterator[tuple[str, str]]:
@@ -44,6 +47,12 @@ def problem(line: str) -> str | None:
         except SystemExit:
             return "dapo does not take these words"
         return None
+    if words[0] in ("sbatch", "cp"):
+        files = [word for word in words[1:] if not word.startswith("-")]
+        missing = [file for file in files[:1] if not (ROOT / file).exists()]
+        return f"no file {missing[0]}" if missing else None
+    if words[0] == "mkdir":
+        return None
     if words[0] in ("python", ".venv/bin/python") and words[1] == "-m":
         return None if importlib.util.find_spec(words[2]) else f"no module {words[2]}"
     if words[0] in ("python", ".venv/bin/python"):
@@ -61,6 +70,7 @@ def test_command_can_be_run(document: str, line: str) -> None:
 
 
 WRONG = ["make nothing", "dapo trian x.toml", "python perf/none.py", "python -m dapo_kernels.none"]
+WRONG += ["sbatch slurm/none.sbatch"]
 
 
 @pytest.mark.parametrize("line", WRONG)
@@ -94,13 +104,15 @@ def test_files_in_backquotes_exist(document: Path) -> None:
     """`buffer/core.py` is looked for below the root and below dapo_hpc/."""
     named = {n for n in re.findall(r"`([\w./-]+)`", document.read_text()) if "/" in n}
     files = [n for n in named if n.endswith(FILE_KINDS) and not n.startswith(("runs/", "data/"))]
+    files = [name for name in files if name not in PLACEHOLDERS]
     missing = [n for n in files if not ((ROOT / n).exists() or (ROOT / "dapo_hpc" / n).exists())]
     assert missing == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_config_keys_in_backquotes_exist(document: Path) -> None:
-    sections = {key.partition(".")[0] for key in known_keys() if "." in key}
+    known = {*known_keys(), *keys_of(Site)}
+    sections = {key.partition(".")[0] for key in known if "." in key}
     named = re.findall(r"`([a-z_]+\.[a-z_]+)`", document.read_text())
     keys = {key for key in named if key.partition(".")[0] in sections}
-    assert {key for key in keys if key not in known_keys() and not key.endswith(".py")} == set()
+    assert {key for key in keys if key not in known and not key.endswith(".py")} == set()

@@ -24,7 +24,7 @@ from dapo_hpc.buffer.book import Book
 from dapo_hpc.buffer.events import decode_event, encode_event
 from dapo_hpc.buffer.ledger import Ledger
 from dapo_hpc.buffer.owner import Ownership, take_ownership
-from dapo_hpc.buffer.segments import HEADER, Segments
+from dapo_hpc.buffer.segments import HEADER, Record, Segments
 from dapo_hpc.buffer.server import inherit
 from dapo_hpc.buffer.writer import DiskFull, Job, Store, Writer
 from dapo_hpc.observe.status import status_text
@@ -47,7 +47,7 @@ class Recorder(World):
 
     def flush(self) -> None:
         effects = self.core.take_effects()
-        self.records |= effects.payloads
+        self.records |= {k: record.content for k, record in effects.payloads.items()}
         self.jobs.append(
             Job(
                 events=[encode_event(event) for event in effects.events],
@@ -95,7 +95,8 @@ def model(jobs: list[Job]) -> list[Expected]:
     for job in jobs:
         for body in job.events:
             book.apply(decode_event(body))
-        records = {k: v for k, v in (records | job.payloads).items() if k not in job.freed}
+        new = {k: record.content for k, record in job.payloads.items()}
+        records = {k: v for k, v in (records | new).items() if k not in job.freed}
         found.append(Expected(book.snapshot(), records))
     return found
 
@@ -369,7 +370,7 @@ def test_sparse_segments_are_rewritten(
     monkeypatch.setattr(writer_module, "SPARSE_FRAC", sparse_frac)
     store = Store(Ledger(tmp_path), Segments(tmp_path, 1))
     for first in range(0, 4000, 100):
-        records = {first + i: bytes(100) for i in range(10)}
+        records = {first + i: Record.of(bytes(100)) for i in range(10)}
         store.write([Job([], records, [], None, lambda: None)])
         store.write([Job([], {}, [k for k in records if k != first], b"state", lambda: None)])
         store.delete_unused()

@@ -72,7 +72,7 @@ class Written:
 
     def _write(self, *, is_snapshot: bool) -> None:
         effects = self.core.take_effects()
-        self.payloads |= effects.payloads
+        self.payloads |= {k: record.content for k, record in effects.payloads.items()}
         self.freed.update(effects.freed)
         events = [ev.encode_event(event) for event in effects.events]
         snapshot = self.core.book.snapshot() if is_snapshot else None

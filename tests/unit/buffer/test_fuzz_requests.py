@@ -393,9 +393,9 @@ def test_many_uploads_at_once_share_one_bound(
     Negative control: without the bound they are held all together.
     """
     monkeypatch.setattr(gate, "BODY_S", 20.0)
-    limiter = served.service.app._app
+    room = served.service.app._app._room
     if not is_bounded:
-        monkeypatch.setattr(limiter, "_total", 2**40)
+        monkeypatch.setattr(room, "_total", 2**40)
     body = msg.encode(submission(4, [])).ljust(MIB, b"\0")
     half_way = threading.Barrier(NUM_UPLOADS + 1)
     answers: list[int] = []
@@ -412,15 +412,15 @@ def test_many_uploads_at_once_share_one_bound(
         thread.start()
     time.sleep(0.5)
     half_way.wait(20)
-    held = limiter._held
+    held = room._held
     for thread in threads:
         thread.join(20)
     assert answers == [400] * NUM_UPLOADS
     assert held <= MAX_BODIES if is_bounded else held > 2 * MAX_BODIES
     deadline_s = time.monotonic() + 5  # an answer is read a moment before its room is given back
-    while limiter._held and time.monotonic() < deadline_s:
+    while room._held and time.monotonic() < deadline_s:
         time.sleep(0.01)
-    assert limiter._held == 0
+    assert room._held == 0
     assert_unharmed(served)
 
 
@@ -470,5 +470,5 @@ async def _random_requests(data: st.DataObject) -> None:
         event.set()
     await asyncio.wait_for(asyncio.gather(*tasks.values(), return_exceptions=True), 5)
     await asyncio.sleep(0)
-    assert limiter._held == 0
-    assert not limiter._waiting
+    assert limiter._room._held == 0
+    assert not limiter._room._waiting

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dapo_hpc.buffer.segments import HEADER, PayloadCorrupt, Segments
+from dapo_hpc.buffer.segments import HEADER, PayloadCorrupt, Record, Segments
 
 CONTENTS = [b"first", b"", b"x" * 10_000, b"last"]
 
@@ -14,7 +14,7 @@ CONTENTS = [b"first", b"", b"x" * 10_000, b"last"]
 def test_records_are_read_back(tmp_path: Path) -> None:
     segments = Segments(tmp_path, 1)
     segments.begin_group()
-    places = [segments.append(content) for content in CONTENTS]
+    places = segments.append(map(Record.of, CONTENTS))
     segments.sync()
     assert [segments.read(place) for place in places] == CONTENTS
 
@@ -22,7 +22,7 @@ def test_records_are_read_back(tmp_path: Path) -> None:
 def test_a_changed_record_is_noticed(tmp_path: Path) -> None:
     segments = Segments(tmp_path, 1)
     segments.begin_group()
-    place = segments.append(b"content")
+    (place,) = segments.append([Record.of(b"content")])
     segments.sync()
     with open(tmp_path / place.segment, "r+b") as file:
         file.seek(place.offset)
@@ -34,11 +34,11 @@ def test_a_changed_record_is_noticed(tmp_path: Path) -> None:
 def test_a_group_can_be_taken_back(tmp_path: Path) -> None:
     segments = Segments(tmp_path, 1)
     segments.begin_group()
-    kept = segments.append(b"kept")
+    (kept,) = segments.append([Record.of(b"kept")])
     segments.begin_group()
-    segments.append(b"lost")
+    segments.append([Record.of(b"lost")])
     segments.take_back()
-    again = segments.append(b"again")
+    (again,) = segments.append([Record.of(b"again")])
     assert again.offset == kept.offset + 4 + HEADER.size
     assert [segments.read(kept), segments.read(again)] == [b"kept", b"again"]
 
@@ -48,5 +48,6 @@ def test_files_are_rolled_between_groups(tmp_path: Path) -> None:
     names = []
     for _ in range(3):
         segments.begin_group()
-        names += [segments.append(b"a" * 30).segment, segments.append(b"b").segment]
+        places = segments.append([Record.of(b"a" * 30), Record.of(b"b")])
+        names += [place.segment for place in places]
     assert names == [f"000003-{n:06d}.seg" for n in (1, 1, 2, 2, 3, 3)]

@@ -19,7 +19,7 @@ from dapo_hpc.buffer import writer as writer_module
 from dapo_hpc.buffer.book import Book
 from dapo_hpc.buffer.events import decode_event
 from dapo_hpc.buffer.ledger import Ledger
-from dapo_hpc.buffer.segments import Segments
+from dapo_hpc.buffer.segments import Record, Segments
 from dapo_hpc.buffer.server import replay
 from dapo_hpc.buffer.writer import DiskFull, Job, Store, Writer
 from tests.buffer_world import World, make_prompts
@@ -39,7 +39,8 @@ def job(
     freed: list[int] | None = None,
     snapshot: bytes | None = None,
 ) -> Job:
-    return Job(events or [], payloads or {}, freed or [], snapshot, lambda: None)
+    records = {k: Record.of(content) for k, content in (payloads or {}).items()}
+    return Job(events or [], records, freed or [], snapshot, lambda: None)
 
 
 def busy_history() -> World:
@@ -113,7 +114,7 @@ def test_a_ledger_of_another_format_is_a_sentence(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "ledger.sqlite") as other:
         other.execute("PRAGMA user_version = 99")
     other.close()
-    with pytest.raises(ValueError, match="has format 99; this version of dapo_hpc reads format 1"):
+    with pytest.raises(ValueError, match="has format 99; this version of dapo_hpc reads format 2"):
         Ledger(tmp_path)
 
 
@@ -133,21 +134,22 @@ def test_a_full_disk_keeps_nothing_and_can_be_tried_again(
 ) -> None:
     store, ledger = open_store(tmp_path)
     store.write([job([b"before"], {1: b"one"})])
-    pwrite = os.pwrite
+    pwritev = os.pwritev
 
-    def half(descriptor: int, content: bytes, offset: int) -> int:
+    def half(descriptor: int, pieces: list[bytes], offset: int) -> int:
         """Writes a little, then there is no space."""
+        content = b"".join(pieces)
         if len(content) < 3:
             raise OSError(errno.ENOSPC, "no space")
-        return pwrite(descriptor, content[: len(content) // 2], offset)
+        return pwritev(descriptor, [content[: len(content) // 2]], offset)
 
     size = (tmp_path / "segments" / "000001-000001.seg").stat().st_size
-    monkeypatch.setattr(segments_module.os, "pwrite", half)
+    monkeypatch.setattr(segments_module.os, "pwritev", half)
     with pytest.raises(DiskFull):
         store.write([job([b"full"], {2: b"twotwotwo"})])
     assert (tmp_path / "segments" / "000001-000001.seg").stat().st_size == size
     assert list(ledger.events()) == [b"before"]
-    monkeypatch.setattr(segments_module.os, "pwrite", pwrite)
+    monkeypatch.setattr(segments_module.os, "pwritev", pwritev)
     store.write([job([b"full"], {2: b"twotwotwo"})])
     assert list(ledger.events()) == [b"before", b"full"]
     assert store.read(2) == b"twotwotwo"
@@ -165,6 +167,38 @@ def test_a_full_ledger_keeps_nothing_and_can_be_tried_again(tmp_path: Path) -> N
     store.write([big])
     assert list(ledger.events()) == big.events
     assert store.read(1) == b"one"
+
+
+def test_a_group_commit_takes_so_many_bytes_and_keeps_the_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "GROUP_BYTES", 10)
+    store, _ = open_store(tmp_path)
+    writer = Writer(store, lambda: None, pytest.fail, full_mark=tmp_path / "DISK_FULL")
+    for number in range(4):
+        writer.put(job(payloads={number: b"%06d" % number}))
+        writer.put(job([b"a heartbeat"]))
+    groups = iter(writer.take, [])
+    assert [[job.num_bytes for job in group] for group in groups] == [[6, 0, 6], [0, 6, 0, 6], [0]]
+
+
+def test_a_sparse_segment_is_emptied_in_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "MOVED_BYTES", 1)
+    store = Store(Ledger(tmp_path), Segments(tmp_path, 1, segment_bytes=1000))
+    store.write([job(payloads={n: b"%0100d" % n for n in range(20)})])
+    store.write([job(payloads={20: b"in the next segment"})])
+    first = tmp_path / "000001-000001.seg"
+    store.write([job(freed=list(range(4, 20)))])
+    store.write([job(snapshot=b"state")])
+    for _ in range(3):
+        store.delete_unused()
+        assert first.exists()
+        store.write([job([b"a commit"])])
+    store.delete_unused()
+    assert not first.exists()
+    assert [store.read(n) for n in range(4)] == [b"%0100d" % n for n in range(4)]
 
 
 class Recorder:

@@ -7,10 +7,12 @@ from dapo_hpc.launch.supervise import (
     Exit,
     Finish,
     GiveUp,
+    Leave,
     Restart,
     RestartPolicy,
     exit_text,
 )
+from dapo_hpc.observe.final import IDLE_EXIT
 
 
 def policy(max_restarts: int = 2, ranks: int = 1) -> RestartPolicy:
@@ -99,3 +101,22 @@ def test_exit_text_names_signals() -> None:
 def test_a_leader_that_was_told_to_stop_has_not_finished_the_run() -> None:
     decision = policy().decide(ended("learner", 0), is_complete=False, step=0)
     assert decision == Restart(unit="learner", delay_s=5.0, number=1)
+
+
+def equals() -> RestartPolicy:
+    """The actors of one job."""
+    return RestartPolicy(leader=None, sizes={"actor-0": 1, "actor-1": 1}, max_restarts=2)
+
+
+def test_without_a_leader_an_idle_unit_leaves_and_stays_away() -> None:
+    assert decide(equals(), ended("actor-0", IDLE_EXIT)) == Leave(unit="actor-0", is_idle=True)
+
+
+def test_without_a_leader_units_leave_a_run_that_is_complete() -> None:
+    assert decide(equals(), ended("actor-0", 0)) == Leave(unit="actor-0", is_idle=False)
+    early = equals().decide(ended("actor-0", 0), is_complete=False, step=0)
+    assert early == Restart(unit="actor-0", delay_s=5.0, number=1)
+
+
+def test_beside_a_leader_the_code_of_an_idle_actor_is_a_death() -> None:
+    assert isinstance(decide(policy(), ended("actor-0", IDLE_EXIT)), Restart)

@@ -1,4 +1,4 @@
-"""One learner process for all tests of this folder: Megatron's groups are global to a process."""
+"""One learner for the tests of a file: Megatron's groups are global to a process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def here() -> Iterator[object]:
     """The learner's only rank, connected."""
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")

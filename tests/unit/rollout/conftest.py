@@ -128,7 +128,7 @@ def start(
         monkeypatch.setattr(module, "LONG_POLL_S", 0.5)
     actors: list[Actor] = []
 
-    def make(**sections: dict[str, Any]) -> Actor:
+    def make(*, idle_exit_s: float | None = None, **sections: dict[str, Any]) -> Actor:
         reward = {"scorer": "scorer_under_test:is_even", "overlong_punishment": False}
         sections.setdefault("reward", reward)
         loop = ActorLoop(
@@ -138,6 +138,7 @@ def start(
             engine=engine,
             tokenizer=AutoTokenizer.from_pretrained(tiny_model),
             buffer=buffer,
+            idle_exit_s=idle_exit_s,
         )
         actors.append(Actor(loop))
         return actors[-1]

@@ -17,8 +17,10 @@ import pytest
 from published import publish_model
 from reference import reference_logprobs
 
+from dapo_hpc.buffer.auth import create_auth
 from dapo_hpc.buffer.client import BufferClient
 from dapo_hpc.config import RunConfig, dump
+from dapo_hpc.observe.final import IDLE_EXIT
 from dapo_hpc.records import Group, GroupSummary, PolicyVersion
 from dapo_hpc.run_dir import RunDir
 
@@ -131,3 +133,28 @@ def test_two_steps_of_a_run_then_a_drain(
     assert status["counters"]["invariant_violations"] == 0
     assert status["leases"]["live"] == 0
     buffer.close()
+
+
+@pytest.mark.slow
+def test_the_signal_of_a_slurm_step_drains_actor_and_buffer(
+    run: RunDir, start_role: StartRole
+) -> None:
+    assert start_role("prompts").wait(LIMIT_S) == 0
+    buffer = start_role("buffer")
+    actor = start_role("actor", "--index", "1")
+    client = BufferClient(run, request_timeout_s=3.0, give_up_s=LIMIT_S)
+    deadline_s = time.monotonic() + LIMIT_S
+    while not any(name.startswith("actor-1-") for name in client.status()["actors"]):
+        assert time.monotonic() < deadline_s, (run.logs / "actor.log").read_text()
+        time.sleep(0.2)
+    for process, log in ((actor, "actor.log"), (buffer, "buffer.log")):
+        process.send_signal(signal.SIGUSR2)
+        assert process.wait(30) == 0, (run.logs / log).read_text()
+    client.close()
+
+
+@pytest.mark.full
+def test_an_actor_without_a_buffer_gives_its_place_back(run: RunDir, start_role: StartRole) -> None:
+    create_auth(run)
+    actor = start_role("actor", "--index", "2", "--idle-exit-s", "1")
+    assert actor.wait(LIMIT_S) == IDLE_EXIT, (run.logs / "actor.log").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -324,3 +325,21 @@ def test_an_error_of_a_background_thread_ends_the_actor(
     actor = start(rollout={"max_response_tokens": 20})
     actor.join()
     assert isinstance(actor.error, error)
+
+
+def test_without_work_for_long_it_leaves_and_says_so(start: Start, buffer: FakeBuffer) -> None:
+    buffer.offered = [make_lease(1)]
+    actor = start(idle_exit_s=1.5)
+    buffer.wait_for(lambda: bool(buffer.submits))
+    began_s = time.monotonic()
+    actor.end()
+    assert actor.loop.is_idle
+    assert time.monotonic() - began_s > 1.0, "it had work a moment ago"
+
+
+def test_a_drained_actor_was_not_idle(start: Start, buffer: FakeBuffer) -> None:
+    del buffer
+    actor = start(idle_exit_s=60.0)
+    actor.loop.drain()
+    actor.end()
+    assert not actor.loop.is_idle
