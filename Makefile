@@ -8,8 +8,8 @@ KILLS ?= 1000
 GROUPS ?= 100000
 FORM ?= user
 EVENTS ?= 100
-# Two files of tests at a time; those of the cluster take the machine for themselves.
-AT_ONCE := -n 2 --dist loadfile
+# Two files of tests at a time, in order: the long ones come early. Those of the cluster run alone.
+AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 ifndef RUN
 # The first name that no earlier demo has taken: demo-0, demo-0-2, demo-0-3, ...
 RUN := $(shell n=demo-$(SEED); r=$$n; i=2; \

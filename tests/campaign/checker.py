@@ -7,10 +7,11 @@ What a response must look like follows from `draws`.
 from __future__ import annotations
 
 import sqlite3
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -188,48 +189,69 @@ def _check_nothing_lost(
     promise: Promise,
     verdict: Verdict,
 ) -> None:
-    """Each acknowledged response was trained, is in the ledger, or left for a counted cause."""
-    groups, counters = read_ledger(root)
+    """Each acknowledged response was trained, is in the ledger, or its group left for a cause that
+    the ledger names."""
+    ledger = read_ledger(root)
     trained = {group for group, _ in responses}
-    indices = range(promise.group_size)
-    gone = 0
+    last_step = max(evidence.trained)
+    dropped = 0
     for group_id in {group for group, _ in evidence.acked} - trained:
-        known = groups.get(group_id)
-        mine = [index for index in indices if (group_id, index) in evidence.acked]
+        fate = ledger.fates.get(group_id)
+        known = ledger.groups.get(group_id)
+        mine = [index for index in range(promise.group_size) if (group_id, index) in evidence.acked]
         if known is not None and known["state"] in ("open", "ready", "taken"):
             for index in mine:
                 stored = known["responses"].get(index)
                 if stored is None or stored["num_tokens"] != len(evidence.acked[group_id, index]):
                     verdict.fault("lost", f"response {(group_id, index)}")
-            continue
-        outcomes = {draws.is_correct(group_id, index) for index in indices}
-        is_informative = len(outcomes) == 2
-        if is_informative and len(mine) == promise.group_size:
-            gone += 1
-    counted = sum(counters.get(f"train_{x}", 0) for x in ("stale", "surplus", "quarantined"))
-    for _ in range(gone - counted):
-        verdict.fault("lost", "a complete informative group, neither trained nor counted away")
-    verdict.figures["informative groups dropped"] = gone
-    verdict.figures["groups stale, surplus or quarantined"] = counted
-    if counters.get("invariant_violations", 0):
-        verdict.fault("invariant", str(counters["invariant_violations"]))
+        if fate is None or (fate.state == "taken" and (fate.step or 0) <= last_step):
+            what = "never trained" if fate else "in the ledger neither alive nor ended"
+            verdict.fault("lost", f"group {group_id}, {what}")
+        if fate is not None and fate.state in ("all_correct", "all_wrong"):
+            outcomes = {draws.is_correct(group_id, index) for index in range(promise.group_size)}
+            if len(outcomes) == 2:
+                verdict.fault("lost", f"group {group_id} is informative, and ended {fate.state}")
+        dropped += fate is not None and fate.state in ("stale", "surplus", "quarantined")
+    verdict.figures["groups stale, surplus or quarantined"] = dropped
+    if ledger.counters.get("invariant_violations", 0):
+        verdict.fault("invariant", str(ledger.counters["invariant_violations"]))
 
 
-def read_ledger(root: Path) -> tuple[dict[int, dict[str, Any]], dict[str, int]]:
-    """Groups and counters of the newest ledger: its snapshot, and the events behind it."""
+class Fate(NamedTuple):
+    """Where a group is, or how it ended."""
+
+    state: str
+    step: int | None
+    """The batch that held it."""
+
+
+@dataclass(slots=True)
+class FinalLedger:
+    """The newest ledger: its snapshot, the events behind it, and its archive."""
+
+    groups: dict[int, dict[str, Any]]
+    """Not forgotten yet."""
+    counters: dict[str, int]
+    fates: dict[int, Fate]
+    """Of every group that was ever dispatched."""
+
+
+def read_ledger(root: Path) -> FinalLedger:
     ledgers = (root / "buffer").glob("ledger.*")
     newest = max(ledgers, key=lambda path: int(path.name.rpartition(".")[2]))
     with sqlite3.connect(newest / "ledger.sqlite") as ledger:
         (snapshot,) = ledger.execute("SELECT body FROM snapshot").fetchone()
         bodies = ledger.execute("SELECT body FROM events ORDER BY seq").fetchall()
+        rows = ledger.execute("SELECT record_id, segment, start, length FROM records").fetchall()
     state = msgspec.msgpack.decode(snapshot)
     groups: dict[int, dict[str, Any]] = dict(state["groups"])
     leases = {k: lease["group_id"] for k, lease in state["leases"].items()}
+    archive: list[int] = list(state["archive"])
     for (body,) in bodies:
         event = msgspec.msgpack.decode(body)
-        match event.pop("kind") if "kind" in event else event.pop("type"):
+        match event["kind"]:
             case "Dispatched":
-                groups[event["group_id"]] = {"state": "open", "responses": {}}
+                groups[event["group_id"]] = {"state": "open", "responses": {}, "step": None}
             case "Leased":
                 leases[event["lease_id"]] = event["group_id"]
             case "Stored":
@@ -238,14 +260,26 @@ def read_ledger(root: Path) -> tuple[dict[int, dict[str, Any]], dict[str, int]]:
                 group["state"] = event["outcome"] or group["state"]
             case "GroupDropped":
                 groups[event["group_id"]]["state"] = event["state"]
-                name = f"train_{event['state']}"
-                state["counters"][name] = state["counters"].get(name, 0) + 1
             case "BatchClosed":
                 for group_id in event["group_ids"]:
                     groups[group_id] |= {"state": "taken", "step": event["step"]}
+            case "Archived":
+                archive.append(event["record_id"])
             case "Committed":
                 groups = {k: v for k, v in groups.items() if _is_kept(v, event["step"])}
-    return groups, state["counters"]
+    fates = {group_id: Fate(group["state"], group["step"]) for group_id, group in groups.items()}
+    places = {record_id: place for record_id, *place in rows}
+    for record_id in archive:
+        fates |= _archived(newest, *places[record_id])
+    return FinalLedger(groups, state["counters"], fates)
+
+
+def _archived(directory: Path, segment: str, start: int, length: int) -> dict[int, Fate]:
+    """What became of the groups of one block: rows that begin with the group, its kind, its prompt,
+    its position, its end and its batch."""
+    content = (directory / segment).read_bytes()[start : start + length]
+    rows = msgspec.msgpack.decode(zlib.decompress(content))
+    return {group_id: Fate(state, step) for group_id, _, _, _, state, step, *_ in rows}
 
 
 def _is_kept(group: dict[str, Any], committed: int) -> bool:
