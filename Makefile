@@ -8,7 +8,8 @@ KILLS ?= 1000
 GROUPS ?= 100000
 FORM ?= user
 EVENTS ?= 100
-# Two files of tests at a time, in order: the long ones come early. Those of the cluster run alone.
+# Two files of tests at a time, in order: the long ones come early. Those on clusters come last, since
+# they wait more than they compute.
 AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 ifndef RUN
 # The first name that no earlier demo has taken: demo-0, demo-0-2, demo-0-3, ...
@@ -41,7 +42,7 @@ check: setup lint  ## lint, types and the fast tests
 
 test: setup lint  ## lint, types and every test but the longest
 	$(PY) -m pytest tests -m "not full and not slurm" $(AT_ONCE)
-	$(PY) -m pytest tests/slurm -m "not full"
+	$(PY) -m pytest tests/slurm -m "not full" $(AT_ONCE)
 
 test-full: setup lint  ## every test
 	$(PY) -m pytest tests -m "not slurm" $(AT_ONCE)

@@ -88,9 +88,12 @@ class Chaos:
         self.cluster.wait_for_job(job, "COMPLETED", within_s=LIMIT_S)
 
     def _requeue(self) -> None:
-        jobs = [job for job in self._jobs() if job.state == "RUNNING"]
-        if jobs:
-            slurm.requeue(self.draw.choice(jobs).address)
+        job = self.draw.choice([job for job in self._jobs() if job.state == "RUNNING"])
+        slurm.requeue(job.address)
+        self._wait(
+            lambda: job.address not in {j.address for j in self._jobs() if j.state == "RUNNING"},
+            f"{job.address} was requeued",
+        )
 
     def _kill_task(self) -> None:
         """SIGKILL to one process of a role, as the kernel does when memory runs out."""
@@ -102,6 +105,14 @@ class Chaos:
         self.cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=chaos")
         time.sleep(self.draw.uniform(*AWAY_S))
         self.cluster.act("revive", node)
+        # An administrator does not leave it at one attempt either.
+        self._wait(lambda: self._is_back(node), f"{node} is in service")
+
+    def _is_back(self, node: str) -> bool:
+        state = self.cluster.run("sinfo", "--noheader", f"--nodes={node}", "--format=%t").split()[0]
+        if state.startswith(("down", "drain")):
+            self.cluster.act("revive", node)
+        return not state.startswith(("down", "drain"))
 
     def _cut_a_link(self) -> None:
         node = self.draw.choice(NODES)
@@ -146,7 +157,7 @@ class Chaos:
                 words = (entry / "cmdline").read_bytes().decode().split("\0")
             except OSError:
                 continue
-            if f"--run={self.run.root}" not in words or Path(words[0]).name == "srun":
+            if str(self.run.root) not in words or "role" not in words or "srun" in words[0]:
                 continue
             role = words[words.index("role") + 1]
             number = next((word for word in words if word.startswith("--index=")), "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -132,7 +133,9 @@ def test_nodes_with_addresses_of_their_own(
     code, findings = doctor(site, tmp_path)
     assert (code, problems(findings)) == (0, [])
     assert findings["accounting"]["text"] == "sacct works."
-    assert findings["learner port range"]["text"].startswith("free ports from 7000 to 7031: 32 on")
+    ports = findings["learner port range"]["text"]
+    # The cluster's own daemons may have taken one.
+    assert re.match("free ports from 7000 to 7031: 3[12] on", ports)
     assert "at every address over eth0" in findings["learner network"]["text"]
 
 
